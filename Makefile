@@ -1,0 +1,29 @@
+# demo: the picture, trained now (about 4 minutes on two cores)   test: every test   lab: the notebooks in JupyterLab
+# figure: the README's copy of the demo's picture                 lint: ruff         clean: remove what these made
+PYTHON ?= python3
+
+demo: .venv/installed
+	.venv/bin/minimoe demo
+
+test: .venv/installed
+	.venv/bin/python -m pytest
+
+lab: .venv/installed
+	.venv/bin/jupyter lab notebooks
+
+figure: demo
+	cp runs/demo.png docs/demo.png
+
+lint: .venv/installed
+	.venv/bin/ruff check . && .venv/bin/ruff format --check .
+
+.venv/installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --disable-pip-version-check -r requirements.lock
+	.venv/bin/python -m pip install --disable-pip-version-check --no-deps --editable .
+	touch .venv/installed
+
+clean:
+	rm -rf .venv runs student
+
+.PHONY: demo test lab figure lint clean

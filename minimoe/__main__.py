@@ -1,0 +1,273 @@
+"""The command line: `minimoe demo`, `train`, `sweep`, `report`, `explain`, `sample`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import sys
+import time
+import typing
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from .corpus import load_corpus
+from .explain import explain
+from .figures import lr_curves
+from .model import ACTIVATIONS, Config, MiniMoE
+from .parametrization import PARAMETRIZATIONS
+from .sweeps import LRS, read_sweep, sweep
+from .training import TrainOptions, train
+from .transfer import sentence, transfer_report
+
+EPILOG = """\
+examples:
+  minimoe demo                                             the picture: loss against learning rate, a curve per width
+  minimoe explain --width 512 --parametrization simplep mup    what each rule does to each tensor
+  minimoe sweep --widths 32 64 --lrs 2^-8:2^-4 --seeds 0 1 --store runs/my.jsonl
+  minimoe report runs/my.jsonl --figure my.png             optimum, drift and regret of what is in a store
+  minimoe train --width 128 --lr 2^-6 --steps 2000 --save model.pt
+  minimoe sample model.pt --prompt "Return the "
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for bad input (one line on stderr), 130 after Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        message = error.args[0] if isinstance(error, KeyError) else error
+        print(f"minimoe: {' '.join(str(message).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(f"\nminimoe: {stop or 'stopped'}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "minimoe", description="muP for Mixture-of-Experts, to read, run and check.", epilog=EPILOG, formatter_class=formatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(name: str, run, about: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=about.splitlines()[0], description=about, formatter_class=formatter)
+        added.set_defaults(run=run)
+        return added
+
+    demo = command("demo", _demo, "train the famous picture now: widths 32, 64, 128 under sp, simplep and mup")
+    _add_sweep_outputs(demo, store="runs/demo.jsonl", figure="runs/demo.png")
+
+    one = command("train", _train, "train one model\n\nPrints its losses along the way; --save keeps it for `minimoe sample`.")
+    _add_config(one)
+    one.add_argument("--lr", type=_number, default=2.0**-6, help="base learning rate, e.g. 0.01 or 2^-6 (default 2^-6)")
+    _add_training(one)
+    one.add_argument("--seed", type=int, default=0, help="of the initial weights and the data order (default 0)")
+    one.add_argument("--save", metavar="FILE", help="write the trained model here")
+
+    many = command(
+        "sweep",
+        _sweep,
+        "train a grid of widths, parametrizations, learning rates and seeds\n\n"
+        "Each finished run is a line in --store; the same command again goes on where it stopped.",
+    )
+    many.add_argument("--widths", type=int, nargs="+", default=[32, 64, 128])
+    many.add_argument(
+        "--parametrizations", nargs="+", default=list(PARAMETRIZATIONS), metavar="NAME", help=f"of {', '.join(PARAMETRIZATIONS)}"
+    )
+    many.add_argument(
+        "--lrs",
+        type=_numbers,
+        nargs="+",
+        metavar="LR",
+        default=[LRS],
+        help="numbers (0.01, 2^-6.5), or ranges of octaves such as 2^-10:2^-3, or :0.5 for halves",
+    )
+    many.add_argument("--seeds", type=int, nargs="+", default=[0])
+    _add_config(many, without=("width", "parametrization"))
+    _add_training(many)
+    many.add_argument("--jobs", type=int, help="processes on a CPU (default: one per core)")
+    _add_sweep_outputs(many, store="runs/sweep.jsonl", figure=None)
+
+    report = command("report", _report, "say what a run store shows: optimum, drift and regret")
+    report.add_argument("store", metavar="STORE", help="a file that `sweep` or `demo` wrote")
+    report.add_argument("--by", default="width", help="the axis of transfer, a Config field (default width)")
+    report.add_argument("--figure", metavar="PNG", help="draw the curves here")
+
+    rules = command("explain", _explain, "show a parametrization's table, and what it gives each tensor")
+    rules.add_argument("--parametrization", nargs="+", default=["mup"], metavar="NAME", help=f"of {', '.join(PARAMETRIZATIONS)}")
+    _add_config(rules, without=("parametrization",))
+
+    sample = command("sample", _sample, "let a trained model write")
+    sample.add_argument("model", metavar="FILE", help="a file that `train --save` wrote")
+    sample.add_argument("--corpus", default="pydocs", help="the corpus it was trained on (default pydocs)")
+    sample.add_argument("--prompt", default="\n", help="text to begin with (default: a new line)")
+    sample.add_argument("--length", type=int, default=400, help="characters to write (default 400)")
+    sample.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest character (default 0.8)")
+    sample.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def _number(text: str) -> float:
+    """0.01, 1e-2 or 2^-6.5."""
+    base, power, exponent = text.partition("^")
+    return float(base) ** float(exponent) if power else float(base)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    """A number, or the octaves low:high[:step]."""
+    low, *rest = text.split(":")
+    if not rest:
+        return (_number(low),)
+    step = float(rest[1]) if len(rest) > 1 else 1.0
+    if step <= 0 or len(rest) > 2:
+        raise ValueError("a range is low:high or low:high:octaves")
+    lrs = [_number(low)]
+    while lrs[-1] * 2**step <= _number(rest[0]) * (1 + 1e-9):
+        lrs.append(lrs[-1] * 2**step)
+    return tuple(lrs)
+
+
+def _add_config(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None:
+    """A flag for every field of Config; the checks and the messages are Config's own."""
+    group = parser.add_argument_group("model")
+    for f in dataclasses.fields(Config):
+        if f.name in (*without, "seed", "vocab_size"):
+            continue
+        flag, default = f"--{f.name.replace('_', '-')}", "" if f.default is None else f" (default {f.default})"
+        if f.type == "bool":
+            group.add_argument(flag, action="store_true", default=None)
+        else:
+            kind = {"int": int, "int | None": int, "float": float}.get(f.type, str)
+            values = {"activation": ", ".join(ACTIVATIONS), "parametrization": ", ".join(PARAMETRIZATIONS)}
+            group.add_argument(flag, type=kind, help=values.get(f.name, "") + default)
+
+
+def _config_fields(options: argparse.Namespace) -> dict:
+    given = ((f.name, getattr(options, f.name, None)) for f in dataclasses.fields(Config) if f.name != "seed")
+    return {name: value for name, value in given if value is not None}
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("training")
+    group.add_argument("--corpus", default="pydocs", help="pydocs, shakespeare or a UTF-8 text file (default pydocs)")
+    group.add_argument("--steps", type=int, default=200, help="optimiser steps (default 200)")
+    group.add_argument("--device", help="cpu or cuda (default: a GPU when there is one)")
+    for f in dataclasses.fields(TrainOptions):
+        hints = typing.get_type_hints(TrainOptions)[f.name]
+        flag, default = f"--{f.name.replace('_', '-')}", "" if f.default is None else f"(default {f.default})"
+        if f.name == "betas":
+            group.add_argument(flag, type=float, nargs=2, help=default)
+        else:
+            group.add_argument(flag, type=int if hints in (int, int | None) else float, help=default)
+
+
+def _train_options(options: argparse.Namespace) -> TrainOptions:
+    given = {f.name: getattr(options, f.name) for f in dataclasses.fields(TrainOptions)}
+    return TrainOptions(**{name: value for name, value in given.items() if value is not None})
+
+
+def _add_sweep_outputs(parser: argparse.ArgumentParser, store: str, figure: str | None) -> None:
+    parser.add_argument("--store", default=store, help=f"the run store (default {store})")
+    parser.add_argument("--figure", default=figure, metavar="PNG", help=f"draw the curves here (default {figure})")
+
+
+def _demo(options: argparse.Namespace) -> None:
+    start = time.perf_counter()
+    print("Training loss against learning rate for three widths under sp, simplep and mup, on the pydocs corpus.")
+    frame = sweep(store=options.store)
+    print(f"{len(frame)} rows, {frame.key.nunique()} runs in {time.perf_counter() - start:.0f} s ({options.store})\n")
+    _show(frame, "width", options.figure)
+
+
+def _show(frame: pd.DataFrame, by: str, figure: str | None) -> None:
+    """The report as a table, a sentence per parametrization, and the figure."""
+    report = transfer_report(frame, by)
+    print(_report_table(report, by), "\n")
+    print("\n".join(sentence(row, by) for _, row in report.iterrows()))
+    if figure:
+        Path(figure).parent.mkdir(parents=True, exist_ok=True)
+        lr_curves(frame, by).savefig(figure, dpi=150)
+        print(f"\nfigure: {figure}")
+
+
+def _report_table(report: pd.DataFrame, by: str) -> str:
+    """The report for a terminal: best LRs as log2, an asterisk at the edge of the grid."""
+
+    def best(row, value):
+        return f"2^{math.log2(row[f'best_lr_{value}']):.2f}{'*' if row[f'on_edge_{value}'] else ''}"
+
+    values = [c.removeprefix("best_lr_") for c in report.columns if c.startswith("best_lr_")]
+    table = pd.DataFrame({"parametrization": report.parametrization})
+    for value in values:
+        table[f"best LR, {by} {value}"] = [best(row, value) for _, row in report.iterrows()]
+        table[f"loss, {value}"] = report[f"best_loss_{value}"].map("{:.3f}".format)
+    table["drift (octaves)"] = report.drift_octaves.map("{:+.2f}".format)
+    table["regret (nats)"] = report.regret.map("{:.3f}".format)
+    table["wider is worse"] = report.wider_is_better
+    edge = "\n* on the edge of the grid, or beside a diverged run" if report.on_edge.any() else ""
+    return table.to_string(index=False) + edge
+
+
+def _train(options: argparse.Namespace) -> None:
+    corpus = load_corpus(options.corpus)
+    config = Config(vocab_size=corpus.vocab_size, **_config_fields(options))
+    (run,) = train(config, options.lr, options.seed, corpus, options.steps, _train_options(options), options.device)
+    history = pd.DataFrame(run.history)[["step", "train_loss", "val_loss"]]
+    print(history.to_string(index=False, float_format="{:.4f}".format))
+    print(f"{'diverged' if run.diverged else f'validation loss {run.val_loss:.4f} nats per character'}, {run.seconds:.0f} s")
+    if options.save:
+        run.model.cpu().save(options.save)
+        print(f"saved: {options.save}")
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    lrs = [lr for lrs in options.lrs for lr in lrs]
+    frame = sweep(
+        options.widths,
+        options.parametrizations,
+        lrs,
+        options.seeds,
+        options.steps,
+        options.corpus,
+        options=_train_options(options),
+        store=options.store,
+        n_jobs=options.jobs,
+        device=options.device,
+        **_config_fields(options),
+    )
+    _show(frame, "width", options.figure)
+
+
+def _report(options: argparse.Namespace) -> None:
+    _show(read_sweep(options.store), options.by, options.figure)
+
+
+def _explain(options: argparse.Namespace) -> None:
+    for name in options.parametrization:
+        config = Config(**_config_fields(options) | {"parametrization": name})
+        print(config.parametrization, "\n")
+        table = explain(config)
+        print(table.to_string(index=False, float_format="{:.4g}".format))
+        counted = table.groupby("role", sort=False).parameters.sum()
+        print(f"\n{counted.sum()} parameters: " + ", ".join(f"{role} {count}" for role, count in counted.items()), "\n")
+
+
+def _sample(options: argparse.Namespace) -> None:
+    model, corpus = MiniMoE.load(options.model), load_corpus(options.corpus)
+    if model.config.vocab_size != corpus.vocab_size:
+        raise ValueError(
+            f"the model knows {model.config.vocab_size} symbols, corpus {corpus.name!r} has "
+            f"{corpus.vocab_size}: give the corpus that it was trained on"
+        )
+    prompt = torch.from_numpy(corpus.encode(options.prompt))[None]
+    print(corpus.decode(model.generate(prompt, options.length, options.temperature, options.seed)[0]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

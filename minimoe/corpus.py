@@ -1,0 +1,238 @@
+"""Character corpora: text in, token arrays and a digest out.
+
+`load_corpus("pydocs")` needs no network: it is the English that every Python installation carries, the help topics and
+the docstrings of the standard library. `load_corpus("shakespeare")` downloads tiny Shakespeare once and checks it.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import os
+import platform
+import sysconfig
+import tempfile
+import urllib.error
+import urllib.request
+import warnings
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+
+import numpy as np
+from tqdm.auto import tqdm
+
+PRINTABLE = "\n" + "".join(map(chr, range(32, 127)))  # 96 symbols: pydocs' vocabulary on every Python
+VALIDATION_FRACTION = 0.1
+PYDOCS_RECIPE = 1  # part of the cache file's name: raise it when `_pydocs_text` changes
+
+SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_BYTES = 1_115_394
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+TIMEOUT = 30  # seconds without a byte before a download counts as interrupted
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """A text as tokens, split by position: the first 90% to train on, the rest to validate."""
+
+    name: str
+    symbols: str  # symbols[i] is the character of token i
+    train: np.ndarray  # (n,) smallest unsigned integers that hold a token
+    val: np.ndarray  # likewise
+    digest: str  # SHA-256 of the text as UTF-8
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.symbols)
+
+    def encode(self, text: str) -> np.ndarray:
+        """(len(text),) int64 tokens. Raises ValueError naming the characters outside the vocabulary."""
+        return _tokens(text, self.symbols).astype(np.int64)
+
+    def decode(self, tokens) -> str:
+        """The text of a one-dimensional sequence of tokens."""
+        return "".join(self.symbols[int(token)] for token in tokens)
+
+    def require_context(self, context: int) -> None:
+        """Raise ValueError unless both splits hold at least one sequence of `context` characters and its targets."""
+        if min(len(self.train), len(self.val)) <= context:
+            sizes = f"{len(self.train)} training and {len(self.val)} validation characters"
+            raise ValueError(f"corpus {self.name!r} is too short for context={context}: it has {sizes}")
+
+
+def load_corpus(corpus: str | os.PathLike | Corpus) -> Corpus:
+    """The corpus called "pydocs" or "shakespeare", or any UTF-8 text file, by its path.
+
+    Raises FileNotFoundError (no such name or file), ValueError (empty, not UTF-8, wrong digest) or ConnectionError (the
+    download failed; says what to do offline). Made or downloaded texts are kept in the folder $MINIMOE_CACHE (default:
+    minimoe in the user's cache folder); nothing half-written stays there.
+    """
+    if isinstance(corpus, Corpus):
+        return corpus
+    if corpus == "pydocs":
+        return make_corpus("pydocs", _cached_pydocs(), PRINTABLE)
+    if corpus == "shakespeare":
+        return make_corpus("shakespeare", _cached_shakespeare())
+    path = Path(corpus)
+    if not path.is_file():
+        raise FileNotFoundError(f"no corpus {str(corpus)!r}: give pydocs, shakespeare, or the path of a UTF-8 text file")
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name} is not UTF-8 text (byte {error.start}): convert it first") from error
+    return make_corpus(path.name, text)
+
+
+def make_corpus(name: str, text: str, symbols: str | None = None) -> Corpus:
+    """A Corpus from a text; symbols default to the text's own characters, sorted. Raises ValueError if it is empty."""
+    if not text:
+        raise ValueError(f"corpus {name!r} is empty")
+    symbols = "".join(sorted(set(text))) if symbols is None else symbols
+    tokens = _tokens(text, symbols)
+    split = len(tokens) - int(len(tokens) * VALIDATION_FRACTION)
+    return Corpus(name, symbols, tokens[:split], tokens[split:], hashlib.sha256(text.encode()).hexdigest())
+
+
+def _tokens(text: str, symbols: str) -> np.ndarray:
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    alphabet = np.frombuffer(symbols.encode("utf-32-le"), dtype=np.uint32)  # sorted
+    tokens = np.searchsorted(alphabet, codes).clip(max=len(alphabet) - 1)
+    unknown = alphabet[tokens] != codes
+    if unknown.any():
+        strangers = "".join(sorted(set(map(chr, codes[unknown]))))
+        raise ValueError(f"characters outside the vocabulary: {strangers[:20]!r}")
+    return tokens.astype(np.min_scalar_type(len(alphabet) - 1))
+
+
+def cache_folder() -> Path:
+    """Where made and downloaded texts are kept."""
+    if "MINIMOE_CACHE" in os.environ:
+        return Path(os.environ["MINIMOE_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minimoe"
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """Write the file in one step, so that no reader ever sees a part of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _cached_pydocs() -> str:
+    """The pydocs text, made once for this Python; the file's name holds its digest, so a damaged cache is made again."""
+    folder, stem = cache_folder(), f"pydocs-{platform.python_version()}-{PYDOCS_RECIPE}-"
+    for path in sorted(folder.glob(f"{stem}*.txt")):
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() == path.stem.removeprefix(stem):
+            return data.decode("ascii")
+    text = _pydocs_text()
+    data = text.encode("ascii")
+    try:
+        _write_whole(folder / f"{stem}{hashlib.sha256(data).hexdigest()}.txt", data)
+    except OSError as error:  # the text is here all the same; next time it is made again
+        warnings.warn(f"could not keep the pydocs corpus in {folder}: {error}", stacklevel=3)
+    return text
+
+
+def _pydocs_text() -> str:
+    """Help topics and docstrings of the standard library, as newline and printable ASCII.
+
+    The documents stand in the order of a hash of their names, so that a split by position gives both parts the same mix.
+    """
+    documents = [_ascii(text) for _, text in sorted(_pydocs_documents(), key=lambda item: _hash(item[0]))]
+    return "\n".join(documents)
+
+
+def _hash(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+def _ascii(text: str) -> str:
+    kept = "".join(c for c in text.expandtabs() if c == "\n" or " " <= c <= "~")
+    return "\n".join(line.rstrip() for line in kept.split("\n")).strip("\n") + "\n"
+
+
+def _pydocs_documents() -> list[tuple[str, str]]:
+    """(name, text) of every help topic and of every documented module of the standard library; nothing is imported."""
+    library = Path(sysconfig.get_path("stdlib"))
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"}
+    documents = []
+    for path in sorted(library.rglob("*.py")):
+        name = path.relative_to(library)
+        if skipped & set(name.parts) or str(name).startswith("_sysconfigdata"):
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", SyntaxWarning)  # of other people's escape sequences
+                warnings.simplefilter("ignore", DeprecationWarning)
+                tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):  # a template or a bad-syntax example
+            continue
+        if name.as_posix() == "pydoc_data/topics.py":
+            documents += [(f"topic {topic}", text) for topic, text in _topics(tree).items()]
+        elif texts := _docstrings(tree):
+            documents.append((f"module {name.as_posix()}", "\n\n".join(texts)))
+    return documents
+
+
+def _topics(tree: ast.Module) -> dict[str, str]:
+    """The dict literal in `topics = {...}`."""
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+            return ast.literal_eval(node.value)
+    return {}
+
+
+def _docstrings(tree: ast.Module) -> list[str]:
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    texts = (ast.get_docstring(node, clean=False) for node in ast.walk(tree) if isinstance(node, documented))
+    return [inspect.cleandoc(text) for text in texts if text and len(text) > 40]
+
+
+def _cached_shakespeare() -> str:
+    path = cache_folder() / "tinyshakespeare.txt"
+    if not path.exists():
+        data = _download(SHAKESPEARE_URL, SHAKESPEARE_BYTES)
+        _check_digest(data, "the download of tiny Shakespeare")
+        _write_whole(path, data)
+        return data.decode("utf-8")
+    data = path.read_bytes()
+    _check_digest(data, f"{path} (delete it to download it again)")
+    return data.decode("utf-8")
+
+
+def _check_digest(data: bytes, what: str) -> None:
+    digest = hashlib.sha256(data).hexdigest()
+    if len(data) != SHAKESPEARE_BYTES or digest != SHAKESPEARE_SHA256:
+        raise ValueError(
+            f"{what} is not the expected file: {len(data)} bytes with SHA-256 {digest}, "
+            f"expected {SHAKESPEARE_BYTES} bytes with SHA-256 {SHAKESPEARE_SHA256}"
+        )
+
+
+def _download(url: str, size: int) -> bytes:
+    """The bytes behind `url`, with a progress bar. Raises ConnectionError if they do not all arrive."""
+    received = bytearray()
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+            with tqdm(total=size, unit="B", unit_scale=True, desc="tiny Shakespeare") as bar:
+                while chunk := response.read(1 << 16):
+                    received += chunk
+                    bar.update(len(chunk))
+            announced = int(response.headers.get("Content-Length") or len(received))
+        if len(received) < announced:
+            raise ConnectionError(f"interrupted after {len(received)} of {announced} bytes")
+    except (urllib.error.URLError, HTTPException, OSError) as error:
+        raise ConnectionError(
+            f"could not download {url}: {error}. Offline, use --corpus pydocs, which needs no network, "
+            f"or put the file at {cache_folder() / 'tinyshakespeare.txt'}"
+        ) from error
+    return bytes(received)

@@ -1,0 +1,91 @@
+"""The run store: one finished run is one JSON line, appended and synced to disk before anything else is done.
+
+A file is only ever appended to, under a lock, so that several sweeps may write one store at the same time. A last line
+that was torn by a power cut is cut off with a warning; a damaged line elsewhere is an error that names it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from pathlib import Path
+
+from filelock import FileLock
+
+FORMAT = 1  # raise it when a change of the code changes what a run's numbers are: older lines then count as other runs
+
+
+class RunStore:
+    """A JSON-lines file of runs, each a dict with at least `key` (its identity) and `format`."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self._lock = FileLock(f"{self.path}.lock")
+
+    def prepare(self) -> None:
+        """Make the folder and the file, and cut off a torn last line. Raises OSError naming the path if that fails."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self._lock, open(self.path, "a+b") as file:
+                _cut_torn_line(file, self.path)
+        except OSError as error:
+            raise OSError(f"the run store {self.path} cannot be written: {error}") from error
+
+    def append(self, run: dict) -> None:
+        """Add one line and wait until it is on the disk. Raises OSError naming the path if it cannot be written."""
+        line = json.dumps(_without_infinities(run), allow_nan=False).encode() + b"\n"
+        try:
+            with self._lock, open(self.path, "a+b") as file:
+                _cut_torn_line(file, self.path)
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OSError(f"the run store {self.path} cannot be written: {error}") from error
+
+    def load(self) -> dict[str, dict]:
+        """key -> run, the first of duplicates, without lines of another format. Raises ValueError naming a damaged line."""
+        data = self.path.read_bytes() if self.path.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1]  # another sweep may be writing the rest just now
+        runs: dict[str, dict] = {}
+        for number, line in enumerate(whole.splitlines(), start=1):
+            run = _parsed(line, number, self.path)
+            if run["format"] == FORMAT:
+                runs.setdefault(run["key"], run)
+        return runs
+
+
+def _parsed(line: bytes, number: int, path: Path) -> dict:
+    try:
+        run = json.loads(line)
+        if not isinstance(run, dict) or not {"key", "format"} <= set(run):
+            raise ValueError("it is not a run")
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number} is damaged ({error}): mend or delete that line") from error
+    return run
+
+
+def _cut_torn_line(file, path: Path) -> None:
+    """Cut off a last line without its newline: the machine stopped while it was written. The caller holds the lock."""
+    size = file.seek(0, os.SEEK_END)
+    if size == 0:
+        return
+    file.seek(size - 1)
+    if file.read(1) == b"\n":
+        return
+    file.seek(0)
+    file.truncate(file.read().rfind(b"\n") + 1)
+    warnings.warn(f"{path}: the last line was torn and has been cut off; its run will be trained again", stacklevel=4)
+
+
+def _without_infinities(value):
+    """JSON has no infinity and no NaN: they become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _without_infinities(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinities(item) for item in value]
+    return value

@@ -1,0 +1,90 @@
+"""What a sweep says: optimum, drift and regret."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pandas as pd
+
+
+def mean_losses(frame: pd.DataFrame, by: str = "width", loss: str = "val_loss") -> pd.DataFrame:
+    """Mean over seeds: one row per parametrization, value of `by` and lr, with columns loss, spread (std) and seeds."""
+    missing = {"parametrization", by, "lr", loss} - set(frame.columns)
+    if missing:
+        raise ValueError(f"the frame lacks the columns {', '.join(sorted(missing))}")
+    if frame.empty:
+        raise ValueError("the frame has no rows")
+    with np.errstate(invalid="ignore"):  # the spread of infinite losses
+        groups = frame.groupby(["parametrization", by, "lr"], sort=False)[loss].agg(["mean", "std", "count"])
+    return groups.rename(columns={"mean": "loss", "std": "spread", "count": "seeds"}).reset_index()
+
+
+def optimum(lrs: np.ndarray, losses: np.ndarray) -> dict:
+    """The minimum of one curve, sorted by lr: `grid_lr` and `loss` of the best grid point, `best_lr` by a parabola in
+    log2 lr through it and its neighbours, `on_edge` where that is impossible (then best_lr is the grid point).
+
+    A curve without any finite loss has best_lr NaN, loss infinite and on_edge True.
+    """
+    if not np.isfinite(losses).any():
+        return {"grid_lr": math.nan, "best_lr": math.nan, "loss": math.inf, "on_edge": True}
+    i = int(np.argmin(losses))
+    found = {"grid_lr": float(lrs[i]), "best_lr": float(lrs[i]), "loss": float(losses[i]), "on_edge": True}
+    if 0 < i < len(lrs) - 1 and np.isfinite(losses[i - 1 : i + 2]).all():
+        vertex = _vertex(np.log2(lrs[i - 1 : i + 2]), losses[i - 1 : i + 2])
+        found |= {"best_lr": float(2.0**vertex), "on_edge": False}
+    return found
+
+
+def _vertex(x: np.ndarray, y: np.ndarray) -> float:
+    """Where the parabola through three points (x increasing, y[1] the least) has its minimum."""
+    left, right = x[1] - x[0], x[2] - x[1]
+    fall, rise = y[0] - y[1], y[2] - y[1]  # both >= 0
+    if fall == rise == 0:
+        return float(x[1])
+    return float(x[1] + (fall * right**2 - rise * left**2) / (2 * (fall * right + rise * left)))
+
+
+def transfer_report(frame: pd.DataFrame, by: str = "width", loss: str = "val_loss") -> pd.DataFrame:
+    """How well the best LR transfers over `by`: one row per parametrization, losses averaged over seeds.
+
+    Columns: best_lr_<value>, grid_lr_<value>, best_loss_<value> and on_edge_<value> per value of `by` (see `optimum`);
+    drift_octaves: log2(best_lr at the largest / at the smallest); regret: loss of the largest model at the smallest
+    model's best grid LR minus its own best grid loss (NaN if that LR is not on its grid); on_edge: any optimum is on its
+    grid's edge, so that drift_octaves is only a bound; wider_is_better: neighbouring pairs whose best loss rises;
+    seeds: the fewest behind any point. Raises ValueError for an empty frame or a missing column.
+    """
+    rows = []
+    for name, group in mean_losses(frame, by, loss).groupby("parametrization", sort=False):
+        curves = {value: curve.sort_values("lr") for value, curve in group.groupby(by)}
+        optima = {value: optimum(c.lr.to_numpy(), c.loss.to_numpy()) for value, c in curves.items()}
+        small, large = min(optima), max(optima)
+        at_small = curves[large].set_index("lr").loss.get(optima[small]["grid_lr"], math.nan)
+        best = [optima[value]["loss"] for value in sorted(optima)]
+        row = {"parametrization": name}
+        for column, key in (("best_lr", "best_lr"), ("grid_lr", "grid_lr"), ("best_loss", "loss"), ("on_edge", "on_edge")):
+            row |= {f"{column}_{value}": optima[value][key] for value in sorted(optima)}
+        rows.append(
+            row
+            | {
+                "drift_octaves": math.log2(optima[large]["best_lr"] / optima[small]["best_lr"]),
+                "regret": at_small - optima[large]["loss"] if math.isfinite(optima[large]["loss"]) else math.nan,
+                "on_edge": any(found["on_edge"] for found in optima.values()),
+                "wider_is_better": sum(after > before for before, after in itertools.pairwise(best)),
+                "seeds": int(group.seeds.min()),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def sentence(row: pd.Series, by: str = "width") -> str:
+    """One row of a report in plain words."""
+    values = [column.removeprefix("best_lr_") for column in row.index if column.startswith("best_lr_")]
+    first, last = values[0], values[-1]
+    moved = f"from {by} {first} to {last} the best LR moves by {row.drift_octaves:+.2f} octaves"
+    if row.on_edge:
+        edges = ", ".join(value for value in values if row[f"on_edge_{value}"])
+        moved += f" (a bound only: the minimum at {by} {edges} lies on the grid's edge)"
+    cost = f"using {by} {first}'s LR at {by} {last} costs {row.regret:.3f} nats"
+    return f"{row.parametrization}: {moved}; {cost}."

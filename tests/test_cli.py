@@ -1,0 +1,102 @@
+"""The command line, end to end at a tiny size, and its one-line errors."""
+
+import subprocess
+import sys
+
+import pytest
+
+from minimoe.__main__ import _numbers, main
+
+TINY = ["--depth", "1", "--n-experts", "4", "--context", "16", "--steps", "6", "--batch-size", "2", "--eval-batches", "1"]
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    return str(path)
+
+
+def test_a_tiny_sweep_end_to_end(tmp_path, text, capsys):
+    store, figure = str(tmp_path / "runs.jsonl"), tmp_path / "figures" / "curves.png"
+    grid = ["--widths", "32", "64", "--lrs", "2^-8:2^-4:2", "--jobs", "1", "--corpus", text, "--store", store]
+    assert main(["sweep", *grid, *TINY, "--figure", str(figure)]) == 0
+    out = capsys.readouterr().out
+    assert "drift (octaves)" in out
+    assert "mup: from width 32 to width 64" in out or "mup: from width 32 to 64" in out
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert main(["report", store]) == 0
+    again = capsys.readouterr().out
+    assert again.split("figure")[0].strip() == out.split("figure")[0].strip()
+
+
+def test_train_save_and_sample(tmp_path, text, capsys):
+    model = str(tmp_path / "model.pt")
+    assert main(["train", "--width", "32", "--lr", "2^-6", "--corpus", text, "--save", model, *TINY]) == 0
+    assert "validation loss" in capsys.readouterr().out
+    assert main(["sample", model, "--corpus", text, "--prompt", "the ", "--length", "20"]) == 0
+    written = capsys.readouterr().out
+    assert written.startswith("the ")
+    assert len(written) == len("the ") + 20 + 1
+
+
+def test_explain_prints_table_and_tensors(capsys):
+    assert main(["explain", "--width", "128", "--parametrization", "simplep", "mup"]) == 0
+    out = capsys.readouterr().out
+    assert "1/fan_in" in out
+    assert out.count("blocks.1.moe.router") == 2
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["sweep"], ["report"], ["explain"], ["sample"]])
+def test_help_teaches(command, capsys):
+    with pytest.raises(SystemExit) as done:
+        main([*command, "--help"])
+    assert done.value.code == 0
+    assert "usage" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--width", "40"], "width=40: must be a multiple of head_size=16"),
+        (["train", "--top-k", "9"], "top_k=9: must be at most n_experts=8"),
+        (["train", "--lr", "-1"], "lr=-1.0: must be positive and finite"),
+        (["train", "--parametrization", "np"], "unknown parametrization 'np'; known: sp, simplep, mup"),
+        (["train", "--corpus", "missing.txt"], "no corpus 'missing.txt'"),
+        (["train", "--renormalize", "--top-k", "1"], "no task gradient would reach the router"),
+        (["sweep", "--widths", "32", "--parametrizations", "np"], "unknown parametrization"),
+        (["sweep", "--warmup", "2"], "warmup=2.0"),
+        (["report", "missing.jsonl"], "no run store at missing.jsonl"),
+        (["sample", "missing.pt"], "missing.pt"),
+        (["explain", "--granularity", "3"], "granularity=3"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys, pydocs):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("minimoe: ")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["sweep", "--lrs", "ten"], ["sweep", "--lrs", "1:2:0"], ["train", "--width", "x"], ["nonsense"]]
+)
+def test_bad_words_are_a_usage_error(arguments, capsys):
+    with pytest.raises(SystemExit) as done:
+        main(arguments)
+    assert done.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_lrs_are_numbers_and_ranges_of_octaves():
+    assert _numbers("0.01") == (0.01,)
+    assert _numbers("2^-6.5") == (2**-6.5,)
+    assert _numbers("2^-8:2^-5") == (2**-8, 2**-7, 2**-6, 2**-5)
+    assert _numbers("2^-6:2^-5:0.5") == pytest.approx((2**-6, 2**-5.5, 2**-5))
+
+
+def test_it_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "minimoe", "explain", "--width", "30"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "minimoe: width=30: must be a multiple of head_size=16\n"

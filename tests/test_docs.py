@@ -1,0 +1,54 @@
+"""README and notebooks: links that point where they say, outputs that are there."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+CELLS = {"init variance": "init_var", "multiplier": "multiplier", "Adam LR": "lr"}
+COLUMNS = ("embedding", "unembedding", "hidden", "router")
+
+
+def table_links():
+    table = ""
+    for line in (ROOT / "README.md").read_text().splitlines():
+        columns = [column.strip() for column in line.split("|")[1:-1]]
+        if len(columns) == 6 and columns[1] in CELLS:
+            table = columns[0] or table
+            for role, link in zip(COLUMNS, columns[2:], strict=True):
+                yield table, CELLS[columns[1]], role, link
+
+
+def test_every_cell_of_the_readmes_tables_links_to_its_line():
+    code = (ROOT / "minimoe" / "parametrization.py").read_text().splitlines()
+    links = list(table_links())
+    assert len(links) == 3 * 3 * 4
+    for table, cell, role, link in links:
+        value, number = re.fullmatch(r"\[(.+)\]\(minimoe/parametrization\.py#L(\d+)\)", link).groups()
+        line = code[int(number) - 1]
+        assert re.search(rf"\b{role}=Rule\(.*\b{cell}={re.escape(value)}[,)]", line), (table, role, cell)
+        above = [name for text in code[: int(number)] for name in re.findall(r'^\s+"(sp|simplep|mup)",$', text)]
+        assert above[-1] == table
+
+
+def test_the_readmes_local_links_exist():
+    for target in re.findall(r"\]\(([^)#:]+)(?:#L\d+)?\)", (ROOT / "README.md").read_text()):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_notebooks_carry_outputs_counts_and_no_traces_of_a_machine(path):
+    notebook = json.loads(path.read_text())
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    assert any(cell["outputs"] for cell in code)
+    for cell in code:
+        assert set(cell["metadata"].get("tags", [])) <= {"nbval-ignore-output"}
+        for output in cell["outputs"]:
+            assert output["output_type"] != "error"
+            assert output.get("name") != "stderr", cell["source"]
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+    assert not re.search(r"/(home|root|work|tmp|Users)/", path.read_text())

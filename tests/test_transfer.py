@@ -1,0 +1,133 @@
+"""Reports from frames made by hand, where the answer is known."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minimoe import lr_curves, transfer_report
+from minimoe.transfer import optimum, sentence
+
+
+def frame(curves, name="mup", seeds=(0,)):
+    """curves: width -> {log2 lr: loss}."""
+    return pd.DataFrame(
+        [
+            {"parametrization": name, "width": width, "lr": 2.0**octave, "seed": seed, "val_loss": loss}
+            for width, curve in curves.items()
+            for octave, loss in curve.items()
+            for seed in seeds
+        ]
+    )
+
+
+def parabola(centre, floor, octaves=range(-10, -2)):
+    return {o: floor + 0.1 * (o - centre) ** 2 for o in octaves}
+
+
+@given(centre=st.floats(-8.9, -4.1), step=st.sampled_from([0.5, 1.0]))
+def test_the_vertex_of_a_parabola_is_found_exactly(centre, step):
+    octaves = np.arange(-10, -2, step)
+    found = optimum(2.0**octaves, 2 + 0.3 * (octaves - centre) ** 2)
+    assert math.log2(found["best_lr"]) == pytest.approx(centre, abs=1e-6)
+    assert not found["on_edge"]
+
+
+def test_the_vertex_on_an_uneven_grid():
+    octaves = np.array([-9.0, -7.0, -6.5, -4.0])
+    found = optimum(2.0**octaves, (octaves + 6.7) ** 2)
+    assert math.log2(found["best_lr"]) == pytest.approx(-6.7)
+
+
+def test_report_of_drift_regret_and_wider_is_better():
+    report = transfer_report(frame({32: parabola(-6, 2.4), 64: parabola(-7, 2.5), 128: parabola(-8, 2.3)}))
+    (row,) = report.to_dict("records")
+    assert row["best_lr_32"] == pytest.approx(2**-6)
+    assert row["drift_octaves"] == pytest.approx(-2)
+    assert row["regret"] == pytest.approx(0.4)
+    assert row["wider_is_better"] == 1
+    assert not row["on_edge"]
+    assert "moves by -2.00 octaves" in sentence(report.iloc[0])
+
+
+def test_regret_takes_the_small_models_grid_point_not_its_vertex():
+    report = transfer_report(frame({32: parabola(-6.4, 2.4), 64: parabola(-7, 2.3)}))
+    assert report.regret[0] == pytest.approx(0.1)  # grid best at -6; (-6 + 7)^2 * 0.1
+    assert math.log2(report.best_lr_32[0]) == pytest.approx(-6.4)
+
+
+def test_a_minimum_on_the_edge_is_not_an_optimum():
+    report = transfer_report(frame({32: parabola(-6, 2.4), 64: parabola(-12, 2.3)}))
+    assert report.on_edge[0]
+    assert report.on_edge_64[0]
+    assert not report.on_edge_32[0]
+    assert report.best_lr_64[0] == 2**-10
+    assert "a bound only: the minimum at width 64 lies on the grid's edge" in sentence(report.iloc[0])
+
+
+def test_a_minimum_beside_a_diverged_run_is_the_grid_point():
+    curve = parabola(-6, 2.4) | {-5: math.inf, -4: math.inf, -3: math.inf}
+    row = transfer_report(frame({32: curve, 64: parabola(-6, 2.3)})).iloc[0]
+    assert row.on_edge_32
+    assert row.best_lr_32 == 2**-6
+
+
+def test_regret_is_infinite_where_the_transferred_lr_diverges():
+    large = parabola(-8, 2.3) | {-6: math.inf, -5: math.inf, -4: math.inf, -3: math.inf}
+    assert transfer_report(frame({32: parabola(-6, 2.4), 64: large})).regret[0] == math.inf
+
+
+def test_all_diverged_is_reported_and_not_a_crash():
+    dead = dict.fromkeys(range(-10, -2), math.inf)
+    row = transfer_report(frame({32: parabola(-6, 2.4), 64: dead})).iloc[0]
+    assert math.isnan(row.best_lr_64)
+    assert math.isnan(row.regret)
+    assert row.on_edge
+
+
+def test_losses_are_averaged_over_seeds_and_parametrizations_kept_apart():
+    low, high = frame({32: parabola(-6, 2.4), 64: parabola(-6, 2.2)}), frame({32: parabola(-6, 2.6), 64: parabola(-6, 2.4)})
+    high["seed"] = 1
+    other = frame({32: parabola(-6, 2.4), 64: parabola(-9, 2.2)}, name="sp")
+    report = transfer_report(pd.concat([low, high, other])).set_index("parametrization")
+    assert report.best_loss_32["mup"] == pytest.approx(2.5)
+    assert report.seeds["mup"] == 2
+    assert report.seeds["sp"] == 1
+    assert report.drift_octaves["sp"] == pytest.approx(-3)
+
+
+def test_by_any_column():
+    experts = frame({2: parabola(-6, 2.4), 8: parabola(-6.5, 2.3)}).rename(columns={"width": "n_experts"})
+    assert transfer_report(experts, by="n_experts").drift_octaves[0] == pytest.approx(-0.5)
+
+
+def test_bad_frames_are_refused():
+    good = frame({32: parabola(-6, 2.4)})
+    with pytest.raises(ValueError, match="lacks the columns depth"):
+        transfer_report(good, by="depth")
+    with pytest.raises(ValueError, match="has no rows"):
+        transfer_report(good[:0])
+
+
+def test_the_figure_has_a_panel_a_curve_and_a_star_for_each():
+    sp = frame({32: parabola(-6, 2.4), 64: parabola(-7, 2.3)}, name="sp", seeds=(0, 1))
+    mup = frame({32: parabola(-6, 2.4), 64: parabola(-6, 2.3) | {-3: math.inf}})
+    figure = lr_curves(pd.concat([sp, mup]))
+    panels = figure.axes
+    assert [axes.get_title().splitlines() for axes in panels] == [
+        ["sp", "the best LR drifts by -1.00 octaves"],
+        ["mup", "the best LR drifts by +0.00 octaves"],
+    ]
+    assert panels[0].get_ylim() == panels[1].get_ylim()
+    assert panels[0].get_xlabel() == "learning rate"
+    assert "validation loss" in panels[0].get_ylabel()
+    for axes in panels:
+        stars = [line for line in axes.lines if line.get_marker() == "*"]
+        assert len(stars) == 2
+    colours = [[line.get_color() for line in axes.lines if line.get_label() == "64"] for axes in panels]
+    assert colours[0] == colours[1]
+    crosses = [line for line in panels[1].lines if line.get_marker() == "x" and len(line.get_xdata())]
+    assert len(crosses) == 1
