@@ -3,50 +3,42 @@
 Start with `minimoe/model.py`; the rules are the tables in `minimoe/parametrization.py`.
 """
 
+from importlib import import_module
+
 __version__ = "0.1.0"
 
-from .corpus import Corpus, load_corpus, make_corpus
-from .explain import explain
-from .figures import lr_curves
-from .model import Config, MiniMoE, Output, check_tokens
-from .parametrization import (
-    PARAMETRIZATIONS,
-    Monomial,
-    Parametrization,
-    Rule,
-    fan_in,
-    initialise,
-    param_groups,
-    parameter,
-    width,
-)
-from .sweeps import read_sweep, sweep
-from .training import Run, TrainOptions, train
-from .transfer import transfer_report
+_HOMES = {
+    "corpus": ("Corpus", "load_corpus", "make_corpus"),
+    "explanations": ("explain",),
+    "figures": ("lr_curves",),
+    "model": ("Config", "MiniMoE", "Output", "check_tokens"),
+    "parametrization": (
+        "PARAMETRIZATIONS",
+        "Monomial",
+        "Parametrization",
+        "Rule",
+        "fan_in",
+        "initialise",
+        "param_groups",
+        "parameter",
+        "width",
+    ),
+    "sweeps": ("read_sweep", "sweep"),
+    "training": ("Run", "TrainOptions", "train"),
+    "transfer": ("transfer_report",),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+__all__ = sorted(_HOME_OF)
 
-__all__ = [
-    "PARAMETRIZATIONS",
-    "Config",
-    "Corpus",
-    "MiniMoE",
-    "Monomial",
-    "Output",
-    "Parametrization",
-    "Rule",
-    "Run",
-    "TrainOptions",
-    "check_tokens",
-    "explain",
-    "fan_in",
-    "initialise",
-    "load_corpus",
-    "lr_curves",
-    "make_corpus",
-    "param_groups",
-    "parameter",
-    "read_sweep",
-    "sweep",
-    "train",
-    "transfer_report",
-    "width",
-]
+
+def __getattr__(name: str):
+    """Names are imported when first used: a sweep's workers then start without pandas and matplotlib."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'minimoe' has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

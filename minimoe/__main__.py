@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import math
+import os
+import re
 import sys
 import time
-import typing
 from pathlib import Path
 
 import pandas as pd
 import torch
 
 from .corpus import load_corpus
-from .explain import explain
+from .explanations import explain
 from .figures import lr_curves
-from .model import ACTIVATIONS, Config, MiniMoE
+from .model import Config, MiniMoE
 from .parametrization import PARAMETRIZATIONS
 from .sweeps import LRS, read_sweep, sweep
 from .training import TrainOptions, train
@@ -34,11 +36,11 @@ examples:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for bad input (one line on stderr), 130 after Ctrl-C."""
+    """Run one command; returns the exit code: 0, 2 for what cannot be done (one line on stderr), 130 after Ctrl-C."""
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
         message = error.args[0] if isinstance(error, KeyError) else error
         print(f"minimoe: {' '.join(str(message).split())}", file=sys.stderr)
         return 2
@@ -48,9 +50,15 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """One line, as for all bad input."""
+        self.exit(2, f"minimoe: {message} (see {self.prog} --help)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         "minimoe", description="muP for Mixture-of-Experts, to read, run and check.", epilog=EPILOG, formatter_class=formatter
     )
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -63,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = command("demo", _demo, "train the famous picture now: widths 32, 64, 128 under sp, simplep and mup")
     _add_sweep_outputs(demo, store="runs/demo.jsonl", figure="runs/demo.png")
 
-    one = command("train", _train, "train one model\n\nPrints its losses along the way; --save keeps it for `minimoe sample`.")
+    one = command("train", _train, "train one model\n\nPrints its history of losses; --save keeps it for `minimoe sample`.")
     _add_config(one)
     one.add_argument("--lr", type=_number, default=2.0**-6, help="base learning rate, e.g. 0.01 or 2^-6 (default 2^-6)")
     _add_training(one)
@@ -98,6 +106,13 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("store", metavar="STORE", help="a file that `sweep` or `demo` wrote")
     report.add_argument("--by", default="width", help="the axis of transfer, a Config field (default width)")
     report.add_argument("--figure", metavar="PNG", help="draw the curves here")
+    report.add_argument(
+        "--where",
+        nargs="+",
+        default=[],
+        metavar="COLUMN=VALUE",
+        help="use these rows only, e.g. steps=200 n_experts=8, where a store holds several sweeps",
+    )
 
     rules = command("explain", _explain, "show a parametrization's table, and what it gives each tensor")
     rules.add_argument("--parametrization", nargs="+", default=["mup"], metavar="NAME", help=f"of {', '.join(PARAMETRIZATIONS)}")
@@ -106,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     sample = command("sample", _sample, "let a trained model write")
     sample.add_argument("model", metavar="FILE", help="a file that `train --save` wrote")
     sample.add_argument("--corpus", default="pydocs", help="the corpus it was trained on (default pydocs)")
-    sample.add_argument("--prompt", default="\n", help="text to begin with (default: a new line)")
+    sample.add_argument("--prompt", help="text to begin with (default: the corpus's first character)")
     sample.add_argument("--length", type=int, default=400, help="characters to write (default 400)")
     sample.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest character (default 0.8)")
     sample.add_argument("--seed", type=int, default=0)
@@ -114,38 +129,45 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _number(text: str) -> float:
-    """0.01, 1e-2 or 2^-6.5."""
+    """0.01, 1e-2 or 2^-6.5. Raises ValueError."""
     base, power, exponent = text.partition("^")
-    return float(base) ** float(exponent) if power else float(base)
+    try:
+        return float(base) ** float(exponent) if power else float(base)
+    except ArithmeticError as error:
+        raise ValueError(f"{text} is not a number") from error
 
 
 def _numbers(text: str) -> tuple[float, ...]:
-    """A number, or the octaves low:high[:step]."""
+    """A number, or the octaves low:high[:step]. Raises ValueError."""
     low, *rest = text.split(":")
     if not rest:
         return (_number(low),)
-    step = float(rest[1]) if len(rest) > 1 else 1.0
-    if step <= 0 or len(rest) > 2:
-        raise ValueError("a range is low:high or low:high:octaves")
-    lrs = [_number(low)]
-    while lrs[-1] * 2**step <= _number(rest[0]) * (1 + 1e-9):
-        lrs.append(lrs[-1] * 2**step)
-    return tuple(lrs)
+    first, last, step = _number(low), _number(rest[0]), float(rest[1]) if len(rest) > 1 else 1.0
+    if not (0 < first <= last < math.inf and 0.01 <= step < math.inf and len(rest) <= 2):
+        raise ValueError("a range is low:high or low:high:octaves, with 0 < low <= high")
+    count = int(math.log2(last / first) / step + 1e-9) + 1
+    return tuple(first * 2 ** (i * step) for i in range(count))
+
+
+def _field_help(kind: type) -> dict[str, str]:
+    """name -> the comment that stands beside it in the dataclass's source, and its default."""
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(kind), flags=re.MULTILINE))
+    defaults = {f.name: f.default for f in dataclasses.fields(kind)}
+    return {name: f"{comments.get(name, '')} (default {default})" for name, default in defaults.items()}
 
 
 def _add_config(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None:
     """A flag for every field of Config; the checks and the messages are Config's own."""
-    group = parser.add_argument_group("model")
+    group, about = parser.add_argument_group("model"), _field_help(Config)
     for f in dataclasses.fields(Config):
         if f.name in (*without, "seed", "vocab_size"):
             continue
-        flag, default = f"--{f.name.replace('_', '-')}", "" if f.default is None else f" (default {f.default})"
+        flag = f"--{f.name.replace('_', '-')}"
         if f.type == "bool":
-            group.add_argument(flag, action="store_true", default=None)
+            group.add_argument(flag, action="store_true", default=None, help=about[f.name])
         else:
             kind = {"int": int, "int | None": int, "float": float}.get(f.type, str)
-            values = {"activation": ", ".join(ACTIVATIONS), "parametrization": ", ".join(PARAMETRIZATIONS)}
-            group.add_argument(flag, type=kind, help=values.get(f.name, "") + default)
+            group.add_argument(flag, type=kind, help=about[f.name], metavar=kind.__name__.upper())
 
 
 def _config_fields(options: argparse.Namespace) -> dict:
@@ -158,13 +180,12 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--corpus", default="pydocs", help="pydocs, shakespeare or a UTF-8 text file (default pydocs)")
     group.add_argument("--steps", type=int, default=200, help="optimiser steps (default 200)")
     group.add_argument("--device", help="cpu or cuda (default: a GPU when there is one)")
+    about = _field_help(TrainOptions)
     for f in dataclasses.fields(TrainOptions):
-        hints = typing.get_type_hints(TrainOptions)[f.name]
-        flag, default = f"--{f.name.replace('_', '-')}", "" if f.default is None else f"(default {f.default})"
-        if f.name == "betas":
-            group.add_argument(flag, type=float, nargs=2, help=default)
-        else:
-            group.add_argument(flag, type=int if hints in (int, int | None) else float, help=default)
+        kind = int if f.type.startswith("int") else float
+        pair = {"nargs": 2} if f.name == "betas" else {}
+        flag = f"--{f.name.replace('_', '-')}"
+        group.add_argument(flag, type=kind, help=about[f.name], metavar=kind.__name__.upper(), **pair)
 
 
 def _train_options(options: argparse.Namespace) -> TrainOptions:
@@ -200,6 +221,8 @@ def _report_table(report: pd.DataFrame, by: str) -> str:
     """The report for a terminal: best LRs as log2, an asterisk at the edge of the grid."""
 
     def best(row, value):
+        if math.isnan(row[f"best_lr_{value}"]):
+            return "none"
         return f"2^{math.log2(row[f'best_lr_{value}']):.2f}{'*' if row[f'on_edge_{value}'] else ''}"
 
     values = [c.removeprefix("best_lr_") for c in report.columns if c.startswith("best_lr_")]
@@ -217,6 +240,8 @@ def _report_table(report: pd.DataFrame, by: str) -> str:
 def _train(options: argparse.Namespace) -> None:
     corpus = load_corpus(options.corpus)
     config = Config(vocab_size=corpus.vocab_size, **_config_fields(options))
+    if options.save and not os.access(Path(options.save).parent, os.W_OK):
+        raise OSError(f"--save {options.save}: its folder does not exist or cannot be written")
     (run,) = train(config, options.lr, options.seed, corpus, options.steps, _train_options(options), options.device)
     history = pd.DataFrame(run.history)[["step", "train_loss", "val_loss"]]
     print(history.to_string(index=False, float_format="{:.4f}".format))
@@ -245,7 +270,13 @@ def _sweep(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    _show(read_sweep(options.store), options.by, options.figure)
+    frame = read_sweep(options.store)
+    for condition in options.where:
+        column, _, value = condition.partition("=")
+        if column not in frame.columns:
+            raise ValueError(f"--where {condition}: the columns are {', '.join(frame.columns)}")
+        frame = frame[frame[column].astype(str) == str(frame[column].dtype.type(value))]
+    _show(frame, options.by, options.figure)
 
 
 def _explain(options: argparse.Namespace) -> None:
@@ -265,7 +296,7 @@ def _sample(options: argparse.Namespace) -> None:
             f"the model knows {model.config.vocab_size} symbols, corpus {corpus.name!r} has "
             f"{corpus.vocab_size}: give the corpus that it was trained on"
         )
-    prompt = torch.from_numpy(corpus.encode(options.prompt))[None]
+    prompt = torch.from_numpy(corpus.encode(options.prompt or corpus.symbols[0]))[None]
     print(corpus.decode(model.generate(prompt, options.length, options.temperature, options.seed)[0]))
 
 

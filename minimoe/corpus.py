@@ -21,7 +21,6 @@ from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
-from tqdm.auto import tqdm
 
 PRINTABLE = "\n" + "".join(map(chr, range(32, 127)))  # 96 symbols: pydocs' vocabulary on every Python
 VALIDATION_FRACTION = 0.1
@@ -43,8 +42,14 @@ class Corpus:
     val: np.ndarray  # likewise
     digest: str  # SHA-256 of the text as UTF-8
 
+    def __post_init__(self):
+        for split in (self.train, self.val):
+            if split.size and not (split.min() >= 0 and split.max() < len(self.symbols)):
+                raise ValueError(f"corpus {self.name!r} has tokens outside its {len(self.symbols)} symbols")
+
     @property
     def vocab_size(self) -> int:
+        """V, the number of symbols."""
         return len(self.symbols)
 
     def encode(self, text: str) -> np.ndarray:
@@ -89,7 +94,7 @@ def make_corpus(name: str, text: str, symbols: str | None = None) -> Corpus:
     """A Corpus from a text; symbols default to the text's own characters, sorted. Raises ValueError if it is empty."""
     if not text:
         raise ValueError(f"corpus {name!r} is empty")
-    symbols = "".join(sorted(set(text))) if symbols is None else symbols
+    symbols = "".join(sorted(set(text if symbols is None else symbols)))
     tokens = _tokens(text, symbols)
     split = len(tokens) - int(len(tokens) * VALIDATION_FRACTION)
     return Corpus(name, symbols, tokens[:split], tokens[split:], hashlib.sha256(text.encode()).hexdigest())
@@ -220,6 +225,8 @@ def _check_digest(data: bytes, what: str) -> None:
 
 def _download(url: str, size: int) -> bytes:
     """The bytes behind `url`, with a progress bar. Raises ConnectionError if they do not all arrive."""
+    from tqdm.auto import tqdm  # here, because it is slow to import and every worker imports this module
+
     received = bytearray()
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
@@ -17,17 +18,25 @@ MARKERS = "osD^vPX<>h"
 OFF_SCALE = 1.2  # nats above the best loss at which the picture ends
 
 
-def style(value: float, by: str = "width") -> dict:
-    """The colour and marker that stand for one value of `by` in every figure (colour-blind safe)."""
-    step = round(math.log2(value) - (5 if by == "width" else 0)) % len(MARKERS)  # width 32 comes first
-    return {"color": sns.color_palette("colorblind")[step], "marker": MARKERS[step]}
+def styles(values: Iterable[float], by: str = "width") -> dict[float, dict]:
+    """value -> the colour and marker that stand for it (colour-blind safe).
+
+    A power of two has the same look in every figure, width 32 the first; other values take the looks that are left.
+    """
+    values = sorted(set(values))
+    first = 5 if by == "width" else 0
+    fixed = {v: int(math.log2(v) - first) % len(MARKERS) for v in values if v > 0 and math.log2(v).is_integer()}
+    free = iter([step for step in reversed(range(len(MARKERS))) if step not in fixed.values()] * len(values))
+    steps = {v: fixed[v] if v in fixed else next(free, 0) for v in values}
+    return {v: {"color": sns.color_palette("colorblind")[step], "marker": MARKERS[step]} for v, step in steps.items()}
 
 
 def lr_curves(frame: pd.DataFrame, by: str = "width", loss: str = "val_loss") -> Figure:
     """Loss against learning rate: a panel per parametrization, a curve per value of `by`, minima marked.
 
     frame: as `sweep` returns it. Curves are means over seeds, with a band of one standard deviation. A star and a dotted
-    line mark each optimum (hollow: on the grid's edge); a cross at the top is a run that diverged.
+    line mark each optimum (hollow: on the grid's edge); a cross at the top is a run that diverged or lies above. Raises
+    ValueError as `mean_losses` does.
     """
     means = mean_losses(frame, by, loss)
     names = list(dict.fromkeys(means.parametrization))
@@ -39,16 +48,22 @@ def lr_curves(frame: pd.DataFrame, by: str = "width", loss: str = "val_loss") ->
     top = min(finite.max(), best + OFF_SCALE) if len(finite) else 1.0
     margin = 0.06 * max(top - best, 0.1)
     panels[0].set_ylim(best - margin, top + margin)
+    looks = styles(means[by], by)
     for axes, name in zip(panels, names, strict=True):
         for value, curve in means[means.parametrization == name].groupby(by):
-            _draw_curve(axes, curve.sort_values("lr"), value, by, top + margin / 2)
+            _draw_curve(axes, curve.sort_values("lr"), f"{value:g}", looks[value], top)
         axes.set_title(f"{name}\n{_drift(reports.loc[name])}", fontsize=11)
         axes.set_xlabel("learning rate")
         _label_octaves(axes, sorted(means.lr.unique()))
         axes.grid(alpha=0.25)
     panels[0].set_ylabel({"val_loss": "validation", "train_loss": "training"}.get(loss, loss) + " loss (nats per character)")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, title=by.replace("_", " "), loc="outside right center", frameon=False)
+    handles = {float(line.get_label()): line for axes in panels for line in axes.get_legend_handles_labels()[0]}
+    figure.legend(
+        handles=[handles[value] for value in sorted(handles)],
+        title=by.replace("_", " "),
+        loc="outside right center",
+        frameon=False,
+    )
     return figure
 
 
@@ -58,15 +73,14 @@ def _drift(report: pd.Series) -> str:
     return f"the best LR drifts by {report.drift_octaves:+.2f} octaves"
 
 
-def _draw_curve(axes: Axes, curve: pd.DataFrame, value: float, by: str, ceiling: float) -> None:
-    look = style(value, by)
+def _draw_curve(axes: Axes, curve: pd.DataFrame, name: str, look: dict, ceiling: float) -> None:
     lrs, losses = curve.lr.to_numpy(), curve.loss.to_numpy()
     shown = np.where(np.isfinite(losses), losses, np.nan)
-    axes.plot(lrs, shown, label=f"{value:g}", markersize=5, linewidth=1.6, **look)
+    axes.plot(lrs, shown, label=name, markersize=5, linewidth=1.6, **look)
     if curve.seeds.max() > 1:
         spread = curve.spread.fillna(0).to_numpy()
         axes.fill_between(lrs, shown - spread, shown + spread, color=look["color"], alpha=0.2, linewidth=0)
-    lost = lrs[~np.isfinite(losses)]
+    lost = lrs[~(losses <= ceiling)]  # diverged, or above the picture
     axes.plot(lost, np.full(len(lost), ceiling), "x", color=look["color"], markersize=6)
     found = optimum(lrs, losses)
     if math.isfinite(found["loss"]):

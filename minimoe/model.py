@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,11 +28,16 @@ from .grouped import add_rows, grouped_product, take_rows
 from .parametrization import Parametrization, RoleParameter, initialise, param_groups, parameter, parametrization
 
 ACTIVATIONS = ("relu", "gelu", "swiglu")
+ROLES = ("embedding", "unembedding", "attention", "experts_up", "experts_down", "router")  # what a table must cover
+BASED = ("width", "depth", "n_experts", "top_k", "granularity")  # sizes that have a base value
 
 
 @dataclass(frozen=True)
 class Config:
-    """A model's shape, rules and seed; nothing about training. Checked once, here: ValueError or TypeError says what is valid."""
+    """A model's shape, rules and seed; nothing about training.
+
+    Checked once, here: a ValueError or TypeError names the field, its value and what would be valid.
+    """
 
     parametrization: str | Parametrization = "mup"  # a name in PARAMETRIZATIONS, or a table of your own
     width: int = 64  # D, size of the residual stream
@@ -43,23 +49,22 @@ class Config:
     expert_ratio: int = 2  # expert hidden size over width, at granularity 1
     activation: str = "relu"  # relu, gelu, or swiglu (a third matrix, stored beside the up projection)
     renormalize: bool = False  # gates of the active experts sum to 1 (Mixtral), or stay as the softmax left them
-    forced_balance: bool = False  # debugging and teaching: tokens go round the experts in turn, whatever the router says
+    forced_balance: bool = False  # debugging and teaching: tokens go round the experts in turn, gates stay the router's
     balance_weight: float = 0.01  # weight of the balance loss, which is 1 at perfect balance for every E, K, G
-    z_weight: float = 0.0  # weight of the router z-loss, mean logsumexp(router logits)^2 (ST-MoE)
+    z_weight: float = 0.0  # weight of the router z-loss, mean logsumexp(router logits)^2 (arXiv 2202.08906)
     vocab_size: int = 96  # V: newline and printable ASCII, the pydocs corpus
     context: int = 64  # longest sequence
     seed: int = 0  # of the initial weights
     base_width: int = 32  # the base shape, where all parametrizations are the same run
-    base_depth: int | None = None  # None: the config's own value, likewise below
-    base_n_experts: int | None = None
-    base_top_k: int | None = None
-    base_granularity: int | None = None
+    base_depth: int | None = None  # None: the config's own value
+    base_n_experts: int | None = None  # likewise
+    base_top_k: int | None = None  # likewise
+    base_granularity: int | None = None  # likewise
 
     def __post_init__(self):
-        for name in ("depth", "n_experts", "top_k", "granularity"):
-            if getattr(self, f"base_{name}") is None:
-                object.__setattr__(self, f"base_{name}", getattr(self, name))
         object.__setattr__(self, "parametrization", parametrization(self.parametrization))
+        for f in fields(self):
+            object.__setattr__(self, f.name, _typed(f.name, f.type, getattr(self, f.name)))
         _check(self)
 
     @property
@@ -77,46 +82,64 @@ class Config:
     @property
     def base(self) -> Config:
         """The config at the base shape, where every ratio is 1."""
-        own = {name: getattr(self, f"base_{name}") for name in ("width", "depth", "n_experts", "top_k", "granularity")}
-        return replace(self, **own)
+        return replace(self, **{name: self.base_size(name) for name in BASED})
+
+    def base_size(self, name: str) -> int:
+        """The base shape's width, depth, n_experts, top_k or granularity."""
+        size = getattr(self, f"base_{name}")
+        return getattr(self, name) if size is None else size
 
     @property
     def ratios(self) -> dict[str, float]:
         """True over base, for the named ratios that a cell may use (`fan_in` is each tensor's own)."""
-        names = ("width", "depth", "n_experts", "top_k", "granularity", "expert_width")
         base = self.base
-        return {name: getattr(self, name) / getattr(base, name) for name in names}
+        return {name: getattr(self, name) / getattr(base, name) for name in (*BASED, "expert_width")}
 
 
-def _check(config: Config) -> None:
+def _typed(name: str, kind: str, value):
+    """The value as the field's own type, numpy's numbers included. Raises TypeError."""
+    if kind == "bool" and not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r}: must be True or False")
+    if kind.startswith("int") and value is not None:
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{name}={value!r}: must be an integer")
+        return int(value)
+    if kind == "float":
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name}={value!r}: must be a number")
+        return float(value)
+    return value
+
+
+def _check(c: Config) -> None:
     def require(valid: bool, name: str, rule: str) -> None:
         if not valid:
-            raise ValueError(f"{name}={getattr(config, name)!r}: {rule}")
+            raise ValueError(f"{name}={getattr(c, name)!r}: {rule}")
 
-    c = config
     for f in fields(c):
         value = getattr(c, f.name)
-        if f.type in ("int", "int | None"):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{f.name}={value!r}: must be an integer")
-            require(value >= (0 if f.name == "seed" else 1), f.name, "must be a positive integer")
-        elif f.type == "bool" and not isinstance(value, bool):
-            raise TypeError(f"{f.name}={value!r}: must be True or False")
+        if f.name == "seed":
+            require(0 <= value < 2**63, f.name, "must be an integer from 0 to 2^63 - 1")
+        elif f.type.startswith("int"):
+            require(value is None or value >= 1, f.name, "must be a positive integer")
         elif f.type == "float":
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"{f.name}={value!r}: must be a number")
             require(math.isfinite(value) and value >= 0, f.name, "must be finite and not negative")
-    require(c.width % c.head_size == 0, "width", f"must be a multiple of head_size={c.head_size}")
-    require(c.top_k <= c.n_experts, "top_k", f"must be at most n_experts={c.n_experts}")
-    require(c.base_top_k <= c.base_n_experts, "base_top_k", f"must be at most base_n_experts={c.base_n_experts}")
     require(c.activation in ACTIVATIONS, "activation", f"must be one of {', '.join(ACTIVATIONS)}")
-    for granularity, width in (("granularity", "width"), ("base_granularity", "base_width")):
-        hidden = c.expert_ratio * getattr(c, width)
-        rule = f"must divide the experts' hidden size, expert_ratio * {width} = {hidden}"
-        require(hidden % getattr(c, granularity) == 0, granularity, rule)
-    untrained = c.renormalize and c.active_experts == 1 and c.experts > 1
-    rule = "with one active expert a renormalised gate is always 1, so no task gradient would reach the router; raise top_k"
-    require(not untrained, "renormalize", rule)
+    for base, size in (("", lambda name: getattr(c, name)), ("base_", c.base_size)):  # the base is a model too
+        hidden = c.expert_ratio * size("width")
+        require(size("width") % c.head_size == 0, f"{base}width", f"must be a multiple of head_size={c.head_size}")
+        require(size("top_k") <= size("n_experts"), f"{base}top_k", f"must be at most {base}n_experts={size('n_experts')}")
+        rule = f"must divide the experts' hidden size, expert_ratio * {base}width = {hidden}"
+        require(hidden % size("granularity") == 0, f"{base}granularity", rule)
+        learns = not c.renormalize or size("top_k") * size("granularity") > 1 or size("n_experts") == 1
+        rule = f"with {base}top_k * {base}granularity = 1 the gate is always 1: no task gradient would reach the router"
+        require(learns, "renormalize", rule)
+    missing = [role for role in ROLES if role not in c.parametrization.roles]
+    if missing:
+        raise ValueError(f"parametrization {c.parametrization.name!r} has no rule for {', '.join(missing)}")
+    unknown = {name for role in ROLES for name in c.parametrization[role].ratios} - {"fan_in", "expert_width", *BASED}
+    if unknown:
+        raise ValueError(f"parametrization {c.parametrization.name!r} uses the unknown ratio {', '.join(sorted(unknown))}")
 
 
 class Output(NamedTuple):
@@ -134,10 +157,13 @@ def weight(config: Config, role: str, shape: Callable[[Config], tuple], base_std
 
 
 def rms_norm(x: Tensor) -> Tensor:
+    """(..., D) -> (..., D) with root mean square 1 in the last axis (arXiv 1910.07467), without a gain."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
 
 
 class Attention(nn.Module):
+    """Causal, H heads of C each. The scores are scaled by 1 / C: 1 / sqrt(C) would do as well while C is fixed."""
+
     def __init__(self, config: Config):
         super().__init__()
         self.heads, self.head_size = config.width // config.head_size, config.head_size
@@ -148,11 +174,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
         B, T, D = x.shape
-        q = self.split(x @ (self.q_multiplier * self.q))  # (B, H, T, C)
+        q = self.split(x @ (self.q_multiplier * self.q)) / self.head_size  # (B, H, T, C)
         k = self.split(x @ (self.k_multiplier * self.k))
         v = self.split(x @ (self.v_multiplier * self.v))
         future = torch.full((T, T), -torch.inf, device=x.device, dtype=x.dtype).triu(1)
-        scores = q @ k.transpose(-1, -2) / self.head_size + future  # (B, H, T, T); 1/C, not 1/sqrt(C): TP V, section 2
+        scores = q @ k.transpose(-1, -2) + future  # (B, H, T, T)
         mixed = torch.softmax(scores, dim=-1) @ v  # (B, H, T, C)
         return mixed.transpose(1, 2).reshape(B, T, D) @ (self.o_multiplier * self.o)
 
@@ -263,12 +289,14 @@ class MiniMoE(nn.Module):
         """
         if tokens.ndim != 2 or tokens.shape[1] == 0:
             raise ValueError(f"the prompt must have shape (B, T) with T at least 1, got {tuple(tokens.shape)}")
-        if temperature < 0 or n < 0:
-            raise ValueError(f"temperature and n must not be negative, got {temperature} and {n}")
+        if not (math.isfinite(temperature) and temperature >= 0 and n >= 0):
+            raise ValueError(f"temperature and n must be finite and not negative, got {temperature} and {n}")
         check_tokens(tokens, self.config.vocab_size)
         generator = torch.Generator(tokens.device).manual_seed(seed)
         for _ in range(n):
             logits = self(tokens[:, -self.config.context :]).logits[:, -1]  # (B, V)
+            if not logits.isfinite().all():
+                raise ValueError("the model's logits are not finite: it diverged in training")
             if temperature == 0:
                 drawn = logits.argmax(-1, keepdim=True)
             else:
@@ -277,7 +305,7 @@ class MiniMoE(nn.Module):
         return tokens
 
     def save(self, path: str | Path) -> None:
-        """Write weights, config and table to one file, without pickled code."""
+        """Write weights, config and table to one file, without pickled code. Raises RuntimeError if it cannot be written."""
         torch.save({"config": config_to_dict(self.config), "state": self.state_dict()}, path)
 
     @classmethod
@@ -285,7 +313,7 @@ class MiniMoE(nn.Module):
         """The model that `save` wrote, on the CPU. Raises FileNotFoundError, or ValueError if the file is something else."""
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
-            model = cls(config_from_dict(saved["config"]))
+            model = cls(config_from_dict(saved["config"])).to(saved["state"]["tokens"].dtype)
             model.load_state_dict(saved["state"])
         except FileNotFoundError:
             raise
@@ -310,12 +338,13 @@ def config_to_dict(config: Config) -> dict:
 
 
 def config_from_dict(data: dict) -> Config:
+    """The config that `config_to_dict` wrote."""
     return Config(**{**data, "parametrization": Parametrization.from_dict(data["parametrization"])})
 
 
 def mixture_by_mask(moe: MoE, x: Tensor, gates: Tensor, experts: Tensor) -> Tensor:
     """The slow oracle of `MoE.mixture`: every expert on every token, then masked. (N, D) -> (N, D)."""
-    weights = torch.zeros(len(x), moe.config.experts, dtype=x.dtype).scatter(1, experts, gates)  # (N, E), 0 if inactive
+    weights = x.new_zeros(len(x), moe.config.experts).scatter(1, experts, gates)  # (N, E), 0 if inactive
     hidden = moe.activation(torch.einsum("nd,edm->enm", x, moe.up_multiplier * moe.up))  # (E, N, M)
     outputs = torch.einsum("enm,emd->end", hidden, moe.down_multiplier * moe.down)
     return torch.einsum("ne,end->nd", weights, outputs)

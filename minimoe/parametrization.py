@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from dataclasses import replace as dataclass_replace
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -70,22 +71,27 @@ class Monomial:
 
     def __str__(self) -> str:
         def product(powers):
-            return "*".join(name if power == 1 else f"{name}^{power:g}" for name, power in powers)
+            return "*".join(name if power == 1 else f"{name}^{_short(power)}" for name, power in powers)
 
         above = product([(name, power) for name, power in self.powers if power > 0])
         below = product([(name, -power) for name, power in self.powers if power < 0])
         if self.coefficient != 1 or not above:
-            above = f"{self.coefficient:g}" + (f"*{above}" if above else "")
+            above = _short(self.coefficient) + (f"*{above}" if above else "")
         return above + (f"/({below})" if "*" in below else f"/{below}" if below else "")
 
     __repr__ = __str__
+
+
+def _short(value: float) -> str:
+    """The shortest text that reads back as the same number: 1, 0.25, 1e-08."""
+    return repr(float(value)).removesuffix(".0")
 
 
 def as_monomial(value: Monomial | float) -> Monomial:
     """The cell that a plain number stands for; a Monomial passes through."""
     if isinstance(value, Monomial):
         return value
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"a cell is a number or a monomial such as 1 / fan_in, got {value!r}")
     return Monomial(float(value))
 
@@ -122,6 +128,11 @@ class Rule:
         for cell in fields(self):
             object.__setattr__(self, cell.name, as_monomial(getattr(self, cell.name)))
 
+    @property
+    def ratios(self) -> set[str]:
+        """The named ratios that its cells use."""
+        return {name for cell in fields(self) for name, _ in getattr(self, cell.name).powers}
+
 
 CELLS = tuple(cell.name for cell in fields(Rule))
 
@@ -151,7 +162,8 @@ class Parametrization:
         raise KeyError(f"parametrization {self.name!r} has no role {role!r}; it has {', '.join(self.roles)}")
 
     def replace(self, role: str, name: str | None = None, **cells: Monomial | float) -> Parametrization:
-        """The same table with some cells of one role changed; it names itself, e.g. `simplep[router.lr=1/fan_in]`.
+        """The same table with some cells of one role changed; unless given a name, it names itself by its edits, e.g.
+        `simplep[router.lr=1/fan_in]`.
 
         Raises KeyError for an unknown role and TypeError for an unknown cell.
         """
@@ -159,9 +171,11 @@ class Parametrization:
         if unknown or not cells:
             raise TypeError(f"replace changes at least one of the cells {', '.join(CELLS)}; got {unknown or 'none'}")
         changed = dataclass_replace(self[role], **cells)
-        edits = ",".join(f"{role}.{cell}={getattr(changed, cell)}" for cell in cells)
-        base, _, earlier = self.name.partition("[")
-        name = name or f"{base}[{earlier.removesuffix(']') + ',' if earlier else ''}{edits}]"
+        if name is None:
+            base, _, earlier = self.name.removesuffix("]").partition("[")
+            edits = dict(edit.split("=") for edit in earlier.split(",") if edit)
+            edits |= {f"{role}.{cell}": str(getattr(changed, cell)) for cell in cells}
+            name = f"{base}[{','.join('='.join(edit) for edit in edits.items())}]"
         return Parametrization(name, tuple((known, changed if known == role else rule) for known, rule in self.rules))
 
     def __repr__(self) -> str:
@@ -182,6 +196,8 @@ class Parametrization:
 
     @classmethod
     def from_dict(cls, data: dict) -> Parametrization:
+        """The table that `to_dict` wrote."""
+
         def rule(cells):
             return Rule(**{c: Monomial(value, tuple(sorted(powers.items()))) for c, (value, powers) in cells.items()})
 
@@ -253,9 +269,19 @@ def parametrization(table: str | Parametrization) -> Parametrization:
         if known is not None and known != table:
             raise ValueError(f"two different tables are called {table.name!r}: give the edited one another name")
         return table
+    if not isinstance(table, str):
+        raise TypeError(f"a parametrization is a name or a table, got {table!r}")
     if table not in PARAMETRIZATIONS:
         raise ValueError(f"unknown parametrization {table!r}; known: {', '.join(PARAMETRIZATIONS)} (or give a table)")
     return PARAMETRIZATIONS[table]
+
+
+def require_distinct_names(tables: Iterable[Parametrization]) -> None:
+    """Raise ValueError if two different tables carry one name: rows are told apart by it."""
+    first: dict[str, Parametrization] = {}
+    for table in tables:
+        if first.setdefault(table.name, table) != table:
+            raise ValueError(f"two different tables are called {table.name!r}: give one of them another name")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """The run store: one finished run is one JSON line, appended and synced to disk before anything else is done.
 
-A file is only ever appended to, under a lock, so that several sweeps may write one store at the same time. A last line
-that was torn by a power cut is cut off with a warning; a damaged line elsewhere is an error that names it.
+A cell of a grid that is the same run as one in the store (see `sweeps.run_key`) adds a short line without results, so
+that reading the store gives back every row of every sweep. A file is only ever appended to, under a lock, so that several
+sweeps may write one store at the same time. A last line that was torn by a power cut is cut off with a warning; a damaged
+line elsewhere is an error that names it.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ FORMAT = 1  # raise it when a change of the code changes what a run's numbers ar
 
 
 class RunStore:
-    """A JSON-lines file of runs, each a dict with at least `key` (its identity) and `format`."""
+    """A JSON-lines file. Every line is a cell, a dict with `format`, `key` (its run's identity), `config`, `lr` and
+    `corpus`; one cell of each run carries the results too, `history` among them."""
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
@@ -33,9 +36,9 @@ class RunStore:
         except OSError as error:
             raise OSError(f"the run store {self.path} cannot be written: {error}") from error
 
-    def append(self, run: dict) -> None:
+    def append(self, cell: dict) -> None:
         """Add one line and wait until it is on the disk. Raises OSError naming the path if it cannot be written."""
-        line = json.dumps(_without_infinities(run), allow_nan=False).encode() + b"\n"
+        line = json.dumps(_without_infinities(cell), allow_nan=False).encode() + b"\n"
         try:
             with self._lock, open(self.path, "a+b") as file:
                 _cut_torn_line(file, self.path)
@@ -45,26 +48,38 @@ class RunStore:
         except OSError as error:
             raise OSError(f"the run store {self.path} cannot be written: {error}") from error
 
-    def load(self) -> dict[str, dict]:
-        """key -> run, the first of duplicates, without lines of another format. Raises ValueError naming a damaged line."""
+    def load(self) -> tuple[dict[str, dict], list[dict]]:
+        """(key -> the line with the run's results, every distinct cell in order), without lines of another format.
+
+        Raises ValueError naming a damaged line by its number.
+        """
         data = self.path.read_bytes() if self.path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]  # another sweep may be writing the rest just now
         runs: dict[str, dict] = {}
+        cells: dict[str, dict] = {}
         for number, line in enumerate(whole.splitlines(), start=1):
-            run = _parsed(line, number, self.path)
-            if run["format"] == FORMAT:
-                runs.setdefault(run["key"], run)
-        return runs
+            cell = _parsed(line, number, self.path)
+            if cell["format"] != FORMAT:
+                continue
+            if "history" in cell:
+                runs.setdefault(cell["key"], cell)
+            cells.setdefault(label(cell), cell)
+        return runs, [cell for cell in cells.values() if cell["key"] in runs]
+
+
+def label(cell: dict) -> str:
+    """What tells two cells of one store apart."""
+    return json.dumps([cell["key"], cell["config"], cell["lr"], cell["corpus"]], sort_keys=True)
 
 
 def _parsed(line: bytes, number: int, path: Path) -> dict:
     try:
-        run = json.loads(line)
-        if not isinstance(run, dict) or not {"key", "format"} <= set(run):
+        cell = json.loads(line)
+        if not isinstance(cell, dict) or not {"key", "format", "config", "lr", "corpus"} <= set(cell):
             raise ValueError("it is not a run")
     except ValueError as error:
         raise ValueError(f"{path}, line {number} is damaged ({error}): mend or delete that line") from error
-    return run
+    return cell
 
 
 def _cut_torn_line(file, path: Path) -> None:

@@ -1,7 +1,7 @@
-"""Sweeps: grid -> data frame, one row per run.
+"""Sweeps: grid -> data frame, one row per cell of the grid.
 
-Two cells of a grid are one run when everything that training can see is equal: every evaluated number of the table, the
-shape, the data, the schedule and the seed. Such a run is trained and stored once, and each cell keeps its row.
+Two cells are one run when everything that training can see is equal: every evaluated number of the table, the shape, the
+data, the schedule and the seed. Such a run is trained and stored once, and each cell keeps its row.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import hashlib
 import json
 import math
 import os
-import platform
 import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -20,17 +21,17 @@ from pathlib import Path
 import joblib
 import pandas as pd
 import torch
+from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tqdm.auto import tqdm
 
-from . import __version__
 from .corpus import Corpus, load_corpus
-from .model import Config, MiniMoE, config_from_dict, config_to_dict
-from .parametrization import Numbers, Parametrization, named_roles, numbers, parametrization
-from .store import FORMAT, RunStore
-from .training import TrainOptions, check_training, default_device, train
+from .model import BASED, Config, MiniMoE, config_from_dict, config_to_dict
+from .parametrization import Numbers, Parametrization, named_roles, numbers, parametrization, require_distinct_names
+from .store import FORMAT, RunStore, label
+from .training import TrainOptions, available_device, check_training, finished_run
 
 LRS = tuple(2.0**octave for octave in range(-10, -2))
-NOT_SHAPE = ("parametrization", "seed", "base_width", "base_depth", "base_n_experts", "base_top_k", "base_granularity")
+NOT_SHAPE = ("parametrization", "seed", *(f"base_{name}" for name in BASED))
 
 
 def sweep(
@@ -59,44 +60,39 @@ def sweep(
     records along the way, see `training.record`). Raises ValueError or TypeError, before any training, for bad input;
     KeyboardInterrupt on Ctrl-C, after saying how to go on.
     """
-    corpus = load_corpus(corpus)
-    cells = grid(widths, parametrizations, lrs, seeds, corpus.vocab_size, config_fields)
-    check_training(cells, corpus, steps)
-    keys = [run_key(config, lr, steps, options, corpus.digest) for config, lr in cells]
-    distinct = dict(zip(keys, cells, strict=True))
-    runs = {}
+    corpus, device = load_corpus(corpus), available_device(device)
+    configs = grid(widths, parametrizations, lrs, seeds, corpus.vocab_size, config_fields)
+    steps = check_training(configs, corpus, steps)
+    cells = [_cell(config, lr, steps, options, corpus) for config, lr in configs]
+    store = None if store is None else RunStore(store)
+    runs, missing = _divided(cells, configs, store)
+    jobs = [(cell, corpus, device) for cell in sorted(missing, key=_cost, reverse=True)]  # the longest first
+    n_jobs = min(n_jobs or joblib.cpu_count(), max(1, len(jobs))) if device.type == "cpu" else 1
+    try:
+        for run in _with_progress(_executed(jobs, n_jobs), missing, progress):
+            if store is not None:
+                store.append(run)
+            runs[run["key"]] = run
+    except (KeyboardInterrupt, TerminatedWorkerError) as stop:
+        raise _stopped(stop, len(missing), sum(cell["key"] in runs for cell in missing), store) from None
     if store is not None:
-        store = RunStore(store)
-        store.prepare()
-        runs = {key: run for key, run in store.load().items() if key in distinct}
-    missing = {key: cell for key, cell in distinct.items() if key not in runs}
-    for run in _trained(missing, corpus, steps, options, n_jobs, device, progress, store):
-        if store is not None:
-            store.append(run)
-        runs[run["key"]] = run
-    return pd.DataFrame([_row(config, lr, runs[key]) for (config, lr), key in zip(cells, keys, strict=True)])
+        _append_missing_labels(cells, store)
+    return pd.DataFrame([_row(cell, config, runs[cell["key"]]) for cell, (config, _) in zip(cells, configs, strict=True)])
 
 
 def read_sweep(path: str | os.PathLike) -> pd.DataFrame:
-    """The frame of everything in a run store, in the columns of `sweep`.
+    """The frame of everything in a run store, in the columns of `sweep`: a row for every cell of every sweep.
 
-    A run that several of the store's parametrizations share (at the base shape, all of them) has a row for each.
     Raises FileNotFoundError for a missing store, ValueError for a damaged or empty one.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no run store at {path}: `minimoe sweep --store {path}` makes one")
-    runs = RunStore(path).load()
-    if not runs:
+    runs, cells = RunStore(path).load()
+    if not cells:
         raise ValueError(f"{path} holds no runs of format {FORMAT}")
-    configs = {key: config_from_dict(run["config"]) for key, run in runs.items()}
-    rows = []
-    for table in dict.fromkeys(config.parametrization for config in configs.values()):
-        for key, run in runs.items():
-            config = replace(configs[key], parametrization=table)
-            same = run_key(config, run["lr"], run["steps"], TrainOptions(**run["options"]), run["corpus_digest"])
-            if same == key:
-                rows.append(_row(config, run["lr"], run))
-    return pd.DataFrame(rows)
+    rows = [(cell, config_from_dict(cell["config"])) for cell in cells]
+    require_distinct_names(config.parametrization for _, config in rows)
+    return pd.DataFrame([_row(cell, config, runs[cell["key"]]) for cell, config in rows])
 
 
 def grid(widths, parametrizations, lrs, seeds, vocab_size: int, config_fields: dict) -> list[tuple[Config, float]]:
@@ -105,7 +101,7 @@ def grid(widths, parametrizations, lrs, seeds, vocab_size: int, config_fields: d
     if isinstance(parametrizations, str | Parametrization):
         parametrizations = (parametrizations,)
     axes = {"widths": widths, "parametrizations": parametrizations, "lrs": lrs, "seeds": seeds}
-    axes = {name: list(values) if isinstance(values, Iterable) else [values] for name, values in axes.items()}
+    axes = {name: [*dict.fromkeys(v)] if isinstance(v, Iterable) else [v] for name, v in axes.items()}
     for name, values in axes.items():
         if not values:
             raise ValueError(f"{name} is empty: give at least one value")
@@ -115,13 +111,11 @@ def grid(widths, parametrizations, lrs, seeds, vocab_size: int, config_fields: d
         if name not in known:
             advice = f"give {own[name]} instead" if name in own else f"Config has {', '.join(known)}"
             raise TypeError(f"sweep got an unknown field {name!r}: {advice}")
-    tables = [parametrization(table) for table in axes["parametrizations"]]
-    for table in tables:
-        if any(other.name == table.name and other != table for other in tables):
-            raise ValueError(f"two different tables are called {table.name!r}: give one of them another name")
+    tables = [*dict.fromkeys(parametrization(table) for table in axes["parametrizations"])]
+    require_distinct_names(tables)
     return [
         (Config(table, width, vocab_size=vocab_size, seed=seed, **config_fields), float(lr))
-        for table in dict.fromkeys(tables)
+        for table in tables
         for width in axes["widths"]
         for lr in axes["lrs"]
         for seed in axes["seeds"]
@@ -142,109 +136,134 @@ def run_key(config: Config, lr: float, steps: int, options: TrainOptions, corpus
         name: (n.std, n.multiplier, lr * n.lr, options.eps * n.eps, options.weight_decay * n.weight_decay)
         for name, n in tensor_numbers(replace(config, seed=0)).items()
     }
+    schedule = {name: value for name, value in asdict(options).items() if name not in ("eps", "weight_decay", "data_seed")}
     identity = {
         "format": FORMAT,
         "shape": {f.name: getattr(config, f.name) for f in fields(config) if f.name not in NOT_SHAPE},
         "numbers": evaluated,
-        "seed": config.seed,
+        "seeds": [config.seed, options.order_seed(config.seed)],
         "steps": steps,
-        "options": asdict(options),
+        "schedule": schedule,
         "corpus": corpus_digest,
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _trained(missing, corpus, steps, options, n_jobs, device, progress, store) -> Iterator[dict]:
-    """The runs of `missing` as they finish, longest first, with a progress bar and a clean end on Ctrl-C."""
-    device = default_device() if device is None else torch.device(device)
-    cost = {key: training_cost(config) for key, (config, _) in missing.items()}
-    longest_first = sorted(missing, key=cost.get, reverse=True)
-    jobs = [(key, *missing[key], corpus, steps, options, device) for key in longest_first]
-    n_jobs = min(joblib.cpu_count() if n_jobs is None else n_jobs, max(1, len(jobs))) if device.type == "cpu" else 1
-    done = 0
-    bar_format = "{desc}{percentage:3.0f}%|{bar}| {elapsed} elapsed, about {remaining} left"
-    bar = tqdm(total=sum(cost.values()), bar_format=bar_format, disable=not progress or not jobs, smoothing=0)
-    with bar:
-        bar.set_description_str(f"run 0/{len(jobs)} ")
-        try:
-            for run in _executed(jobs, n_jobs):
-                yield run
-                done += 1
-                bar.set_description_str(f"run {done}/{len(jobs)} ", refresh=False)
-                bar.update(cost[run["key"]])
-        except KeyboardInterrupt:
-            kept = f"{done} of {len(jobs)} runs are in {store.path}: the same call goes on from there"
-            lost = f"{done} of {len(jobs)} runs were finished; give a store to keep them next time"
-            raise KeyboardInterrupt(f"sweep stopped; {kept if store is not None else lost}") from None
-
-
-def training_cost(config: Config) -> float:
-    """About how long a step takes, in arbitrary units: active matrix parameters, plus attention and a fixed overhead."""
-    experts = config.active_experts * config.expert_width * config.width * (3 if config.activation == "swiglu" else 2)
-    attention = 4 * config.width**2 + 12 * config.context * config.width
-    return config.depth * (experts + attention + 30_000) + config.width * config.vocab_size
-
-
-def _executed(jobs: list[tuple], n_jobs: int) -> Iterator[dict]:
-    if n_jobs == 1:
-        yield from (_run_row(*job) for job in jobs)
-        return
-    # batch_size=1: a finished run reaches the store at once, not when its neighbours have finished too
-    pool = joblib.Parallel(n_jobs, backend="loky", batch_size=1, return_as="generator_unordered")
-    with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
-        results = pool(joblib.delayed(_worker)(*job) for job in jobs)
-        try:
-            yield from results
-        finally:
-            results.close()
-
-
-def _worker(*job) -> dict:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    return _run_row(*job)
-
-
-def _run_row(key, config, lr, corpus, steps, options, device) -> dict:
-    """Train one cell and return its line for the store."""
-    (run,) = train(config, lr, config.seed, corpus, steps, options, device)
+def _cell(config: Config, lr: float, steps: int, options: TrainOptions, corpus: Corpus) -> dict:
+    """A cell as the store writes it: its labels, and the key of the run that it is."""
     return {
         "format": FORMAT,
-        "key": key,
+        "key": run_key(config, lr, steps, options, corpus.digest),
         "config": config_to_dict(config),
         "lr": lr,
-        "seed": run.seed,
         "steps": steps,
         "options": asdict(options),
-        "train_loss": run.train_loss,
-        "val_loss": run.val_loss,
-        "diverged": run.diverged,
-        "seconds": round(run.seconds, 3),
-        "corpus": run.corpus,
-        "corpus_digest": run.corpus_digest,
-        "device": run.device,
-        "versions": versions(),
-        "history": run.history,
+        "corpus": corpus.name,
+        "corpus_digest": corpus.digest,
     }
 
 
-def versions() -> dict[str, str]:
-    """Of the packages that a run's numbers depend on."""
-    return {"minimoe": __version__, "torch": torch.__version__, "python": platform.python_version()}
+def _divided(cells: list[dict], configs: list[tuple], store: RunStore | None) -> tuple[dict[str, dict], list[dict]]:
+    """(key -> run, for what the store has; one cell for each run that is still to be trained)."""
+    runs = {}
+    if store is not None:
+        store.prepare()
+        runs, known = store.load()
+        tables = [config_from_dict(cell["config"]).parametrization for cell in known]
+        require_distinct_names([*tables, *(config.parametrization for config, _ in configs)])
+    first = {}
+    for cell in cells:
+        first.setdefault(cell["key"], cell)
+    return runs, [cell for key, cell in first.items() if key not in runs]
 
 
-def _row(config: Config, lr: float, run: dict) -> dict:
-    """A frame's row: the cell's own labels, the run's results (null losses of the store are infinite)."""
+def _append_missing_labels(cells: list[dict], store: RunStore) -> None:
+    """Let the store know of the cells that are runs it already had."""
+    known = {label(cell) for cell in store.load()[1]}
+    for cell in cells:
+        if label(cell) not in known:
+            store.append(cell)
+
+
+def _stopped(stop: BaseException, runs: int, done: int, store: RunStore | None) -> BaseException:
+    """The same stop, saying what is kept and how to go on."""
+    kept = (
+        f"{done} of {runs} runs are in {store.path}: the same call goes on from there"
+        if store is not None
+        else (f"{done} of {runs} runs were finished and are lost; with store=PATH the same call would go on from there")
+    )
+    if isinstance(stop, KeyboardInterrupt):
+        return KeyboardInterrupt(f"sweep stopped; {kept}")
+    return RuntimeError(f"a worker process died, perhaps for lack of memory; {kept}, with fewer n_jobs if need be")
+
+
+def _with_progress(finished: Iterator[dict], missing: list[dict], progress: bool) -> Iterator[dict]:
+    """The same runs, with a bar whose estimate weighs each run by its cost."""
+    cost = {cell["key"]: _cost(cell) for cell in missing}
+    bar_format = "{desc} {percentage:3.0f}%|{bar}| {elapsed} elapsed, about {remaining} left"
+    with tqdm(total=sum(cost.values()), bar_format=bar_format, disable=not (progress and missing), smoothing=0) as bar:
+        for done in range(len(missing) + 1):
+            bar.set_description_str(f"run {done} of {len(missing)}")
+            run = next(finished, None)
+            if run is None:
+                return
+            yield run
+            bar.update(cost[run["key"]])
+
+
+def _cost(cell: dict) -> float:
+    """About how long a run takes, in arbitrary units: active matrix parameters, plus attention and a fixed overhead."""
+    c = config_from_dict(cell["config"])
+    experts = c.active_experts * c.expert_width * c.width * (3 if c.activation == "swiglu" else 2)
+    attention = 4 * c.width**2 + 12 * c.context * c.width
+    tokens = c.context * cell["options"]["batch_size"] * cell["steps"]
+    return tokens * (c.depth * (experts + attention + 30_000) + c.width * c.vocab_size)
+
+
+def _executed(jobs: list[tuple], n_jobs: int) -> Iterator[dict]:
+    """The finished runs, as they finish."""
+    if n_jobs == 1 or len(jobs) < 2:
+        yield from (finished_run(*job) for job in jobs)
+        return
+    # batch_size=1: a finished run reaches the store at once, not when its neighbours have finished too
+    pool = joblib.Parallel(n_jobs, batch_size=1, return_as="generator_unordered")
+    with joblib.parallel_config("loky", inner_max_num_threads=1), _workers_ignore_ctrl_c():
+        results = pool(joblib.delayed(finished_run)(*job) for job in jobs)
+    try:
+        yield from results
+    finally:
+        results.close()
+
+
+@contextmanager
+def _workers_ignore_ctrl_c() -> Iterator[None]:
+    """Processes started inside leave Ctrl-C to this one, which answers it with one line."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _row(cell: dict, config: Config, run: dict) -> dict:
+    """A frame's row: the cell's own labels and the run's results, in which a loss that the store holds as null is infinite."""
 
     def number(value, missing):
         return missing if value is None else value
 
     labels = {f.name: getattr(config, f.name) for f in fields(config)} | {"parametrization": config.parametrization.name}
-    losses = {name: number(run[name], math.inf) for name in ("train_loss", "val_loss")}
+    labels |= {f"base_{name}": config.base_size(name) for name in BASED}
+    options = cell["options"] | {"betas": tuple(cell["options"]["betas"])}
     history = [
         record
         | {name: number(record[name], math.inf) for name in ("train_loss", "val_loss")}
         | {"router_rms": [number(rms, math.nan) for rms in record["router_rms"]]}
         for record in run["history"]
     ]
-    same = {name: run[name] for name in ("steps", "diverged", "seconds", "corpus", "corpus_digest", "key")}
-    return {**labels, "lr": lr, **same, **losses, "history": history}
+    losses = {name: number(run[name], math.inf) for name in ("train_loss", "val_loss")}
+    results = {"diverged": run["diverged"], "seconds": run["seconds"], "history": history}
+    text = {name: cell[name] for name in ("corpus", "corpus_digest")}
+    return {**labels, "lr": cell["lr"], "steps": cell["steps"], **losses, **results, **text, **options, "key": cell["key"]}

@@ -8,18 +8,22 @@ thread (the order of a sum, and so its rounding, depends on the number of thread
 from __future__ import annotations
 
 import math
+import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
+from os import PathLike
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .corpus import Corpus
-from .model import Config, MiniMoE
+from . import __version__
+from .corpus import Corpus, load_corpus
+from .model import Config, MiniMoE, config_from_dict
 
 
 @dataclass(frozen=True)
@@ -32,32 +36,45 @@ class TrainOptions:
     weight_decay: float = 0.0  # AdamW's, before the table's factor
     warmup: float = 0.1  # fraction of the steps in which the LR rises linearly
     final_lr: float = 0.1  # the cosine's end, as a fraction of the peak
-    clip: float | None = None  # largest gradient norm; None: no clipping (it breaks the abc symmetry)
+    clip: float | None = None  # largest gradient norm; None: no clipping, which would break the abc symmetry
     evals: int = 10  # records along the way, evenly spaced, the last one at the end
     eval_batches: int = 8  # fixed validation batches, evenly spaced over the validation text
     data_seed: int | None = None  # of the data order; None: the run's own seed
 
     def __post_init__(self):
-        object.__setattr__(self, "betas", tuple(self.betas))
-        valid = {
-            "batch_size": _whole(self.batch_size, 1),
-            "betas": len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
-            "eps": math.isfinite(self.eps) and self.eps >= 0,
-            "weight_decay": math.isfinite(self.weight_decay) and self.weight_decay >= 0,
-            "warmup": 0 <= self.warmup <= 1,
-            "final_lr": 0 <= self.final_lr <= 1,
-            "clip": self.clip is None or (math.isfinite(self.clip) and self.clip > 0),
-            "evals": _whole(self.evals, 1),
-            "eval_batches": _whole(self.eval_batches, 1),
-            "data_seed": self.data_seed is None or _whole(self.data_seed, 0),
-        }
-        for name in (f.name for f in fields(self)):
-            if not valid[name]:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not valid: see TrainOptions")
+        if isinstance(self.betas, Iterable):
+            object.__setattr__(self, "betas", tuple(self.betas))
+        self._require("betas", isinstance(self.betas, tuple), "a pair of numbers")
+        self._require("betas", len(self.betas) == 2 and all(_number(b) and 0 <= b < 1 for b in self.betas), "two in [0, 1)")
+        for name in ("batch_size", "evals", "eval_batches"):
+            self._require(name, whole(getattr(self, name), 1), "a positive integer")
+        for name in ("eps", "weight_decay"):
+            value = getattr(self, name)
+            self._require(name, _number(value) and value >= 0, "a finite number, not negative")
+        for name in ("warmup", "final_lr"):
+            value = getattr(self, name)
+            self._require(name, _number(value) and 0 <= value <= 1, "a fraction from 0 to 1")
+        self._require("clip", self.clip is None or (_number(self.clip) and self.clip > 0), "a positive number or None")
+        self._require("data_seed", self.data_seed is None or whole(self.data_seed, 0), "an integer, 0 or more, or None")
+        for f in fields(self):  # 1 and 1.0 are one run
+            if f.type.startswith("float") and getattr(self, f.name) is not None:
+                object.__setattr__(self, f.name, float(getattr(self, f.name)))
+
+    def _require(self, name: str, valid: bool, rule: str) -> None:
+        if not valid:
+            raise ValueError(f"{name}={getattr(self, name)!r}: must be {rule}")
+
+    def order_seed(self, seed: int) -> int:
+        """The seed of the data order in a run with this seed."""
+        return seed if self.data_seed is None else self.data_seed
 
 
-def _whole(value, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def whole(value, least: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+
+
+def _number(value) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass
@@ -76,14 +93,14 @@ class Run:
     corpus_digest: str
     device: str
     history: list[dict]  # see `record`
-    model: MiniMoE | None
+    model: MiniMoE
 
 
 def train(
     configs: Config | Sequence[Config],
     lrs: float | Sequence[float],
     seeds: int | Sequence[int],
-    corpus: Corpus,
+    corpus: str | PathLike | Corpus,
     steps: int,
     options: TrainOptions = TrainOptions(),
     device: str | torch.device | None = None,
@@ -91,19 +108,26 @@ def train(
     """Train run i with configs[i], lrs[i] and seeds[i]; a single value or a list of one serves every run.
 
     A seed sets `config.seed` and the data order. device None takes a GPU when there is one. A run that diverges is
-    returned like any other, with infinite losses. Raises ValueError for lists of different lengths, an LR that is not
-    positive and finite, steps below 1, or a corpus that has more symbols than a config's vocabulary or is too short.
+    returned like any other, with infinite losses. On a CPU the numbers are the same, bit for bit, each time and in any
+    company. Raises ValueError for lists of different lengths, an LR that is not positive and finite, steps below 1, a
+    device that is not there, or a corpus that has more symbols than a config's vocabulary or is too short.
     """
+    corpus = load_corpus(corpus)
     specs = _broadcast(configs, lrs, seeds)
-    check_training(specs, corpus, steps)
-    device = default_device() if device is None else torch.device(device)
-    data = _Data(corpus, device)
+    steps = check_training(specs, corpus, steps)
+    data = _Data(corpus, available_device(device))
     with one_thread():
         return [_train_alone(config, lr, data, steps, options) for config, lr in specs]
 
 
-def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def available_device(device: str | torch.device | None = None) -> torch.device:
+    """The named device; by default a GPU when there is one. Raises ValueError if it is not there."""
+    try:
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device={str(device)!r} is not available here ({str(error).splitlines()[0]})") from error
+    return found
 
 
 def _broadcast(configs, lrs, seeds) -> list[tuple[Config, float]]:
@@ -115,12 +139,12 @@ def _broadcast(configs, lrs, seeds) -> list[tuple[Config, float]]:
         if len(values) not in (1, runs):
             raise ValueError(f"{name} has {len(values)} values for {runs} runs: give one, or one for each run")
     configs, lrs, seeds = (values * runs if len(values) == 1 else values for values in lists)
-    return [(replace(c, seed=int(seed)), float(lr)) for c, lr, seed in zip(configs, lrs, seeds, strict=True)]
+    return [(replace(c, seed=seed), float(lr)) for c, lr, seed in zip(configs, lrs, seeds, strict=True)]
 
 
-def check_training(specs: Sequence[tuple[Config, float]], corpus: Corpus, steps: int) -> None:
-    """Raise ValueError for anything about (config, lr) pairs, corpus and steps that could not be trained."""
-    if not _whole(steps, 1):
+def check_training(specs: Sequence[tuple[Config, float]], corpus: Corpus, steps: int) -> int:
+    """The number of steps as an int; ValueError for what could not be trained: (config, lr) pairs, corpus or steps."""
+    if not whole(steps, 1):
         raise ValueError(f"steps={steps!r}: must be a positive integer")
     for config, lr in specs:
         if not (math.isfinite(lr) and lr > 0):
@@ -129,6 +153,7 @@ def check_training(specs: Sequence[tuple[Config, float]], corpus: Corpus, steps:
             held = f"corpus {corpus.name!r} has {corpus.vocab_size} symbols"
             raise ValueError(f"vocab_size={config.vocab_size}: {held}; set vocab_size to at least that")
         corpus.require_context(config.context)
+    return int(steps)
 
 
 @contextmanager
@@ -236,8 +261,7 @@ def _train_alone(config: Config, lr: float, data: _Data, steps: int, options: Tr
     groups = model.param_groups(lr, options.eps, options.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=options.betas, fused=True)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    seed = config.seed if options.data_seed is None else options.data_seed
-    order = data.order(seed, steps, options.batch_size, config.context)
+    order = data.order(options.order_seed(config.seed), steps, options.batch_size, config.context)
     validation = data.validation(options.eval_batches, options.batch_size, config.context)
     history: list[dict] = []
     trace: list[Tensor] = []  # the cross-entropy of every step
@@ -275,3 +299,19 @@ def _train_alone(config: Config, lr: float, data: _Data, steps: int, options: Tr
         history=history,
         model=model,
     )
+
+
+def finished_run(cell: dict, corpus: Corpus, device: torch.device) -> dict:
+    """Train one cell of a sweep: its labels in, the same with the run's results out, as the store keeps them."""
+    config, options = config_from_dict(cell["config"]), TrainOptions(**cell["options"])
+    (run,) = train(config, cell["lr"], config.seed, corpus, cell["steps"], options, device)
+    return {
+        **cell,
+        "train_loss": run.train_loss,
+        "val_loss": run.val_loss,
+        "diverged": run.diverged,
+        "seconds": round(run.seconds, 3),
+        "device": run.device,
+        "versions": {"minimoe": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "history": run.history,
+    }

@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
-import itertools
 import math
+from dataclasses import fields
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
 
+from .model import Config
+from .training import TrainOptions
+
+# What the points of one curve must share
+CONSTANT = {f.name for kind in (Config, TrainOptions) for f in fields(kind)} - {"parametrization", "seed"}
+CONSTANT |= {"steps", "corpus_digest"}
+
 
 def mean_losses(frame: pd.DataFrame, by: str = "width", loss: str = "val_loss") -> pd.DataFrame:
-    """Mean over seeds: one row per parametrization, value of `by` and lr, with columns loss, spread (std) and seeds."""
+    """Mean over seeds: one row per parametrization, value of `by` and lr, with columns loss, spread (std) and seeds.
+
+    Raises ValueError for a missing column, no rows, a `by` that is not numeric, or rows that differ in more than these.
+    """
     missing = {"parametrization", by, "lr", loss} - set(frame.columns)
     if missing:
         raise ValueError(f"the frame lacks the columns {', '.join(sorted(missing))}")
     if frame.empty:
         raise ValueError("the frame has no rows")
+    if not pd.api.types.is_numeric_dtype(frame[by]) or by in ("lr", "seed", loss):
+        raise ValueError(f"by={by!r}: must be a numeric axis such as width, depth, n_experts or granularity")
+    curves = frame.groupby(["parametrization", by], sort=False)
+    for column in sorted((CONSTANT & set(frame.columns)) - {by}):
+        mixed = curves[column].nunique() > 1
+        if mixed.any():
+            name, value = mixed.idxmax()
+            raise ValueError(f"the rows of {name!r} at {by} {value} differ in {column}: select one value of it first")
+    if "seed" in frame.columns:
+        frame = frame.drop_duplicates(["parametrization", by, "lr", "seed"])
     with np.errstate(invalid="ignore"):  # the spread of infinite losses
         groups = frame.groupby(["parametrization", by, "lr"], sort=False)[loss].agg(["mean", "std", "count"])
     return groups.rename(columns={"mean": "loss", "std": "spread", "count": "seeds"}).reset_index()
@@ -53,7 +74,8 @@ def transfer_report(frame: pd.DataFrame, by: str = "width", loss: str = "val_los
     drift_octaves: log2(best_lr at the largest / at the smallest); regret: loss of the largest model at the smallest
     model's best grid LR minus its own best grid loss (NaN if that LR is not on its grid); on_edge: any optimum is on its
     grid's edge, so that drift_octaves is only a bound; wider_is_better: neighbouring pairs whose best loss rises;
-    seeds: the fewest behind any point. Raises ValueError for an empty frame or a missing column.
+    seeds: the fewest behind any point. Raises ValueError for an empty frame, a missing column, or
+    rows that differ in something else than lr and seed within one curve.
     """
     rows = []
     for name, group in mean_losses(frame, by, loss).groupby("parametrization", sort=False):
@@ -71,7 +93,7 @@ def transfer_report(frame: pd.DataFrame, by: str = "width", loss: str = "val_los
                 "drift_octaves": math.log2(optima[large]["best_lr"] / optima[small]["best_lr"]),
                 "regret": at_small - optima[large]["loss"] if math.isfinite(optima[large]["loss"]) else math.nan,
                 "on_edge": any(found["on_edge"] for found in optima.values()),
-                "wider_is_better": sum(after > before for before, after in itertools.pairwise(best)),
+                "wider_is_better": sum(after > before for before, after in pairwise(best)),
                 "seeds": int(group.seeds.min()),
             }
         )
@@ -82,6 +104,11 @@ def sentence(row: pd.Series, by: str = "width") -> str:
     """One row of a report in plain words."""
     values = [column.removeprefix("best_lr_") for column in row.index if column.startswith("best_lr_")]
     first, last = values[0], values[-1]
+    dead = [value for value in values if math.isnan(row[f"best_lr_{value}"])]
+    if dead:
+        return f"{row.parametrization}: every run at {by} {', '.join(dead)} diverged, so there is no optimum to compare."
+    if len(values) == 1:
+        return f"{row.parametrization}: one {by} only ({first}), so there is no transfer to report."
     moved = f"from {by} {first} to {last} the best LR moves by {row.drift_octaves:+.2f} octaves"
     if row.on_edge:
         edges = ", ".join(value for value in values if row[f"on_edge_{value}"])

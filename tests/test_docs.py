@@ -52,3 +52,14 @@ def test_notebooks_carry_outputs_counts_and_no_traces_of_a_machine(path):
             assert output.get("name") != "stderr", cell["source"]
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"
     assert not re.search(r"/(home|root|work|tmp|Users)/", path.read_text())
+
+
+def test_the_readmes_python_runs():
+    """Every block of Python in the README, in order, except the sweep that would take minutes."""
+    namespace = {}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL):
+        kept = [line for line in block.splitlines() if not line.startswith(("frame = sweep(", "transfer_report(", "lr_curves("))]
+        assert len(block.splitlines()) - len(kept) in (0, 3)
+        exec("\n".join(kept), namespace)
+    assert namespace["mended"].name == "simplep[router.lr=1/fan_in]"
+    assert [group["lr"] for group in namespace["optimizer"].param_groups] == [1e-2]

@@ -1,14 +1,18 @@
 """The model: shapes, routing, the dense oracle, granularity, causality, saving."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.utils.flop_counter import FlopCounterMode
 
-from minimoe import Config, MiniMoE, check_tokens
+from minimoe import PARAMETRIZATIONS, Config, MiniMoE, Parametrization, Rule, check_tokens, explain, fan_in
 from minimoe.model import MoE, mixture_by_mask, rms_norm
-from minimoe.parametrization import initialise
+from minimoe.parametrization import initialise, ratio
 from minimoe.training import losses
 
 
@@ -89,19 +93,26 @@ def test_an_expert_without_tokens_gets_zero_gradient_and_harms_nothing():
     torch.testing.assert_close(out, mixture_by_mask(moe, x, gates, chosen), rtol=1e-9, atol=1e-9)
 
 
-def expert_parameters_and_flops(config):
-    model = MiniMoE(config)
-    parameters = sum(p.numel() for p in model.parameters() if p.role.name.startswith("experts"))
-    moe = model.blocks[0].moe
-    per_token = config.active_experts * (moe.up[0].numel() + moe.down[0].numel())
-    return parameters, 2 * per_token, sum(p.numel() for p in model.parameters() if p.role.name == "router")
+def counted_flops(config, n=12):
+    """What one block's MoE really computes for n tokens, by torch's own counter."""
+    moe, x = moe_and_input(config, n)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        moe(x)
+    return counter.get_total_flops()
 
 
 @pytest.mark.parametrize("activation", ["relu", "swiglu"])
 def test_granularity_keeps_expert_parameters_and_flops_and_grows_the_router(activation):
-    counts = [expert_parameters_and_flops(Config(width=64, granularity=g, activation=activation)) for g in (1, 2, 4, 8)]
-    assert len({count[:2] for count in counts}) == 1
-    assert [count[2] for count in counts] == [counts[0][2] * g for g in (1, 2, 4, 8)]
+    configs = [Config(width=64, granularity=g, activation=activation) for g in (1, 2, 4, 8)]
+    tables = [explain(config).groupby("role")[["parameters", "flops"]].sum() for config in configs]
+    experts = [table.loc[["experts_up", "experts_down"]].sum().tolist() for table in tables]
+    router = [table.loc["router"].tolist() for table in tables]
+    matrices = 3 if activation == "swiglu" else 2
+    assert experts == [[2 * 8 * matrices * 64 * 128, 2 * 2 * 2 * matrices * 64 * 128]] * 4  # 2 layers; 8 experts, 2 active
+    assert router == [[2 * 64 * 8 * g, 2 * 2 * 64 * 8 * g] for g in (1, 2, 4, 8)]
+    for config, table in zip(configs, tables, strict=True):
+        block = table.flops[["experts_up", "experts_down", "router"]].sum() / 2
+        assert counted_flops(config, n=12) == 12 * block
 
 
 @settings(max_examples=30, deadline=None)
@@ -223,14 +234,18 @@ class Functional:
 
 @pytest.mark.parametrize("name", ["mup", "edited"])
 def test_save_and_load_give_equal_logits(tmp_path, name):
-    from minimoe import PARAMETRIZATIONS, fan_in
-
     table = PARAMETRIZATIONS["simplep"].replace("router", lr=1 / fan_in) if name == "edited" else name
     model = MiniMoE(Config(parametrization=table, width=64, granularity=2))
     model.save(tmp_path / "model.pt")
     loaded = MiniMoE.load(tmp_path / "model.pt")
     assert loaded.config == model.config
     assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+
+
+def test_a_double_model_stays_double(tmp_path):
+    model = MiniMoE(Config(width=32)).double()
+    model.save(tmp_path / "model.pt")
+    assert torch.equal(MiniMoE.load(tmp_path / "model.pt")(tokens()).logits, model(tokens()).logits)
 
 
 def test_loading_something_else_is_one_clear_error(tmp_path):
@@ -289,8 +304,14 @@ def test_bad_tokens_and_long_sequences_are_refused():
         ({"z_weight": float("nan")}, "z_weight=nan"),
         ({"activation": "tanh"}, "activation='tanh': must be one of relu, gelu, swiglu"),
         ({"parametrization": "np"}, "unknown parametrization 'np'; known: sp, simplep, mup"),
-        ({"renormalize": True, "top_k": 1}, "renormalize=True: with one active expert .* no task gradient"),
+        ({"renormalize": True, "top_k": 1}, "renormalize=True: with top_k \\* granularity = 1 .* no task gradient"),
         ({"base_top_k": 9}, "base_top_k=9: must be at most base_n_experts=8"),
+        ({"base_width": 40}, "base_width=40: must be a multiple of head_size=16"),
+        ({"width": 128, "head_size": 64}, "base_width=32: must be a multiple of head_size=64"),
+        ({"renormalize": True, "base_top_k": 1}, "base_top_k \\* base_granularity = 1 .* no task gradient"),
+        ({"parametrization": Parametrization("half", {"router": Rule()})}, "'half' has no rule for embedding, unembedding"),
+        ({"parametrization": PARAMETRIZATIONS["mup"].replace("router", lr=1 / ratio("heads"))}, "unknown ratio heads"),
+        ({"seed": 2**63}, "seed=9223372036854775808: must be an integer from 0"),
     ],
 )
 def test_every_bad_config_is_refused_early_by_name(fields, message):
@@ -304,6 +325,11 @@ def test_every_bad_config_is_refused_early_by_name(fields, message):
 def test_wrong_types_are_refused(fields):
     with pytest.raises(TypeError, match=next(iter(fields))):
         Config(**fields)
+
+
+def test_numpy_numbers_are_numbers_and_an_edited_copy_keeps_its_defaults():
+    assert Config(width=np.int64(64), balance_weight=np.float32(0.5)) == Config(width=64, balance_weight=0.5)
+    assert dataclasses.replace(Config(), depth=4) == Config(depth=4)
 
 
 def test_renormalised_gates_are_allowed_where_the_router_still_learns():
@@ -325,5 +351,5 @@ def test_every_config_is_either_refused_or_consistent(width, experts, top_k, gra
         return
     assert config.expert_width * granularity == 2 * width
     assert config.active_experts <= config.experts
-    assert set(config.base.ratios.values()) == {1.0}
+    assert config.base.width == 32
     assert config.ratios["width"] == width / 32

@@ -151,6 +151,8 @@ def test_editing_one_cell_is_one_expression_that_names_itself():
     assert all(edited[role] == table[role] for role in table.roles if role != "router")
     twice = edited.replace("router", multiplier=1 / width)
     assert twice.name == "simplep[router.lr=1/fan_in,router.multiplier=1/width]"
+    assert twice.replace("router", lr=2).name == "simplep[router.lr=2,router.multiplier=1/width]"
+    assert table.replace("router", lr=1 / 3).name != table.replace("router", lr=0.333333).name
     assert MiniMoE(Config(parametrization=edited, width=64)).config.parametrization == edited
 
 

@@ -2,11 +2,18 @@
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 
+import numpy as np
 import pandas as pd
 import pytest
 
-from minimoe import PARAMETRIZATIONS, TrainOptions, fan_in, read_sweep, sweep, sweeps, width
+from minimoe import PARAMETRIZATIONS, TrainOptions, fan_in, read_sweep, sweep, sweeps, transfer_report, width
+from minimoe import store as store_module
 from minimoe.model import Config
 from minimoe.sweeps import run_key
 
@@ -16,12 +23,17 @@ NEEDED = ["parametrization", "width", "depth", "n_experts", "top_k", "granularit
           "val_loss", "diverged", "seconds", "corpus"]  # fmt: skip
 
 
+EPS_TWICE = PARAMETRIZATIONS["mup"]
+for role in EPS_TWICE.roles:
+    EPS_TWICE = EPS_TWICE.replace(role, eps=2)
+
+
 @pytest.fixture
 def trained(monkeypatch):
     """The keys of the runs that were really trained."""
     keys = []
-    original = sweeps._run_row
-    monkeypatch.setattr(sweeps, "_run_row", lambda key, *rest: keys.append(key) or original(key, *rest))
+    original = sweeps.finished_run
+    monkeypatch.setattr(sweeps, "finished_run", lambda cell, *rest: keys.append(cell["key"]) or original(cell, *rest))
     return keys
 
 
@@ -57,7 +69,7 @@ def test_a_second_sweep_skips_what_the_store_has(corpus, tmp_path, trained):
     store = tmp_path / "deep" / "runs.jsonl"
     first = sweep((32, 64), lrs=(0.01,), corpus=corpus, store=store, **TINY)
     count = len(trained)
-    assert len(store.read_text().splitlines()) == count == 4
+    assert sum('"history"' in line for line in store.read_text().splitlines()) == count == 4
     again = sweep((32, 64), lrs=(0.01,), corpus=corpus, store=store, **TINY)
     assert len(trained) == count
     same(first, again, but=[])
@@ -68,7 +80,7 @@ def test_a_second_sweep_skips_what_the_store_has(corpus, tmp_path, trained):
 def test_a_stopped_sweep_goes_on_and_gives_the_same_frame(corpus, tmp_path, monkeypatch):
     whole = sweep((32, 64), lrs=(0.01, 0.02), corpus=corpus, **TINY)
     store = tmp_path / "runs.jsonl"
-    original, calls = sweeps._run_row, []
+    original, calls = sweeps.finished_run, []
 
     def interrupted(*job):
         calls.append(job)
@@ -76,7 +88,7 @@ def test_a_stopped_sweep_goes_on_and_gives_the_same_frame(corpus, tmp_path, monk
             raise KeyboardInterrupt
         return original(*job)
 
-    monkeypatch.setattr(sweeps, "_run_row", interrupted)
+    monkeypatch.setattr(sweeps, "finished_run", interrupted)
     with pytest.raises(KeyboardInterrupt, match=r"3 of 8 runs are in .*runs.jsonl: the same call goes on from there"):
         sweep((32, 64), lrs=(0.01, 0.02), corpus=corpus, store=store, **TINY)
     assert len(store.read_text().splitlines()) == 3
@@ -118,11 +130,154 @@ def test_a_run_records_what_it_was(corpus, tmp_path):
     store = tmp_path / "runs.jsonl"
     sweep((64,), ("mup",), (0.01,), corpus=corpus, store=store, **TINY)
     (line,) = map(json.loads, store.read_text().splitlines())
+    assert line["options"]["batch_size"] == 2
     assert line["corpus_digest"] == corpus.digest
     assert line["config"]["width"] == 64
     assert line["config"]["parametrization"]["rules"]["router"]["multiplier"] == [1.0, {"fan_in": -1.0}]
     assert {"torch", "python", "minimoe"} <= set(line["versions"])
+    assert line["steps"] == 6
     assert {"step", "train_loss", "val_loss", "max_load", "idle_experts", "router_rms"} == set(line["history"][0])
+
+
+def test_the_store_gives_back_every_row_of_every_sweep_and_no_other(corpus, tmp_path, trained):
+    store = tmp_path / "runs.jsonl"
+    first = sweep((32,), ("sp", "simplep", "mup"), (0.01,), corpus=corpus, store=store, **TINY)
+    assert len(trained) == 1
+    second = sweep((32,), ("sp",), (0.01, 0.02), (0, 1), corpus=corpus, store=store, **TINY)
+    back = read_sweep(store)
+    asked = {(r.parametrization, r.lr, r.seed) for frame in (first, second) for r in frame.itertuples()}
+    assert sorted(asked) == sorted((r.parametrization, r.lr, r.seed) for r in back.itertuples())
+    assert set(transfer_report(back).parametrization) == {"sp", "simplep", "mup"}
+
+
+def test_two_tables_of_one_name_cannot_meet_in_a_store(corpus, tmp_path):
+    one = PARAMETRIZATIONS["mup"].replace("router", name="mine", lr=1 / fan_in)
+    two = PARAMETRIZATIONS["mup"].replace("router", name="mine", lr=2)
+    sweep((64,), one, 0.01, corpus=corpus, store=tmp_path / "runs.jsonl", **TINY)
+    with pytest.raises(ValueError, match="two different tables are called 'mine'"):
+        sweep((64,), two, 0.01, corpus=corpus, store=tmp_path / "runs.jsonl", **TINY)
+
+
+def test_numpy_grids_and_repeated_values(corpus):
+    frame = sweep(np.array([32, 32]), "mup", np.array([0.01]), np.arange(2), corpus=corpus, **TINY | {"steps": np.int64(3)})
+    assert frame[["width", "seed", "steps"]].to_numpy().tolist() == [[32, 0, 3], [32, 1, 3]]
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        ({"config": Config(width=64, balance_weight=1)}, {"config": Config(width=64, balance_weight=1.0)}),
+        ({"options": TrainOptions(weight_decay=0)}, {"options": TrainOptions(weight_decay=0.0)}),
+        ({"options": TrainOptions(data_seed=0)}, {"options": TrainOptions()}),
+        (
+            {"config": Config(EPS_TWICE, width=64)},
+            {"config": Config("mup", width=64), "options": TrainOptions(eps=2e-8)},
+        ),
+    ],
+)
+def test_what_training_cannot_tell_apart_is_one_run(one, two):
+    usual = {"config": Config(width=64), "lr": 0.01, "steps": 6, "options": TrainOptions(), "corpus_digest": "text"}
+    assert run_key(**usual | one) == run_key(**usual | two)
+
+
+def runs_in(store):
+    return [json.loads(line)["key"] for line in store.read_text().splitlines() if '"history"' in line]
+
+
+def test_a_torn_last_line_is_cut_off_and_its_run_trained_again(corpus, tmp_path, trained):
+    store = tmp_path / "runs.jsonl"
+    first = sweep((32,), "mup", (0.01, 0.02), corpus=corpus, store=store, **TINY)
+    store.write_bytes(store.read_bytes()[:-40])
+    trained.clear()
+    with pytest.warns(UserWarning, match=r"runs.jsonl: the last line was torn"):
+        again = sweep((32,), "mup", (0.01, 0.02), corpus=corpus, store=store, **TINY)
+    assert len(trained) == 1
+    same(first, again)
+    assert len(runs_in(store)) == 2
+
+
+def test_a_damaged_line_is_named_by_its_number(corpus, tmp_path):
+    store = tmp_path / "runs.jsonl"
+    sweep((32,), "mup", (0.01, 0.02, 0.03), corpus=corpus, store=store, **TINY)
+    lines = store.read_bytes().splitlines(keepends=True)
+    for damage in (lines[1][:-30] + b"\n", b"[]\n", b'{"key": 1}\n'):
+        store.write_bytes(lines[0] + damage + lines[2])
+        with pytest.raises(ValueError, match=r"runs.jsonl, line 2 is damaged"):
+            sweep((32,), "mup", (0.01,), corpus=corpus, store=store, **TINY)
+        with pytest.raises(ValueError, match="line 2 is damaged"):
+            read_sweep(store)
+
+
+def test_a_store_that_cannot_be_written_is_an_error_before_training(corpus, tmp_path, trained):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"the run store .*file/runs.jsonl cannot be written"):
+        sweep((32,), "mup", 0.01, corpus=corpus, store=tmp_path / "file" / "runs.jsonl", **TINY)
+    assert not trained
+
+
+def test_lines_of_another_format_are_other_runs(corpus, tmp_path, trained, monkeypatch):
+    store = tmp_path / "runs.jsonl"
+    for version in (1, 2):
+        for module in (sweeps, store_module):
+            monkeypatch.setattr(module, "FORMAT", version)
+        sweep((32,), "mup", 0.01, corpus=corpus, store=store, **TINY)
+    assert len(trained) == len(set(trained)) == 2
+
+
+SCRIPT = """
+import sys
+from minimoe import TrainOptions, sweep
+if __name__ == "__main__":
+    sweep((32, 64), ("sp", "mup"), (0.01, 0.02, 0.03), corpus=sys.argv[1], store=sys.argv[2], steps=60, depth=1, n_experts=4,
+          context=16, n_jobs=int(sys.argv[3]), progress=False, options=TrainOptions(batch_size=8, eval_batches=1))
+"""
+
+
+@pytest.fixture
+def started(tmp_path):
+    """Start the same sweep in a process group of its own, on a store; returns the process."""
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 300)
+    (tmp_path / "script.py").write_text(SCRIPT)
+
+    def start(store, n_jobs):
+        command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "text.txt"), str(store), str(n_jobs)]
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+    return start
+
+
+def wait_for_a_run(store, process):
+    while process.poll() is None and not (store.exists() and store.read_bytes().count(b"\n")):
+        time.sleep(0.01)
+
+
+def test_a_killed_sweep_goes_on_and_gives_the_same_frame(tmp_path, started):
+    whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
+    assert started(whole, 2).wait() == 0
+    process = started(broken, 2)
+    wait_for_a_run(broken, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = runs_in(broken)
+    assert 1 <= len(kept) < 9  # 3 at the base width, 2 x 3 at width 64
+    assert started(broken, 1).wait() == 0
+    assert runs_in(broken)[: len(kept)] == kept
+    assert sorted(runs_in(broken)) == sorted(runs_in(whole))  # each once
+    order = ["parametrization", "width", "lr"]
+    one, two = (read_sweep(store).sort_values(order, ignore_index=True) for store in (whole, broken))
+    same(one, two)
+
+
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(tmp_path, started, n_jobs):
+    process = started(tmp_path / "runs.jsonl", n_jobs)
+    wait_for_a_run(tmp_path / "runs.jsonl", process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+    error = process.communicate()[1]
+    assert process.returncode != 0
+    assert error.strip().splitlines()[-1].startswith("KeyboardInterrupt: sweep stopped; ")
+    assert "the same call goes on from there" in error
+    assert error.count("Traceback") == 1  # of the script itself
 
 
 @pytest.mark.parametrize(

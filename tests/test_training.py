@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minimoe import Config, MiniMoE, TrainOptions, train
-from minimoe.training import lr_factor, record_steps
+from minimoe.training import _Data, lr_factor, record_steps
 
 SMALL = Config(width=32, depth=1, n_experts=4, context=16)
 FAST = TrainOptions(batch_size=4, eval_batches=2)
@@ -47,7 +47,10 @@ def test_seeds_govern_init_and_data_order_separately(corpus):
     other_init = one(corpus, seed=5, options=TrainOptions(batch_size=4, eval_batches=2, data_seed=1))
     assert len({run.val_loss for run in (own, other_data, other_init)}) == 3
     assert one(corpus, seed=1, options=TrainOptions(batch_size=4, eval_batches=2, data_seed=1)).val_loss == own.val_loss
-    assert torch.equal(MiniMoE(own.config).tokens, MiniMoE(other_data.config).tokens)
+    data = _Data(corpus, torch.device("cpu"))
+    orders = [data.order(run_options.order_seed(1), 20, 4, 16) for run_options in (FAST, TrainOptions(data_seed=5))]
+    assert not torch.equal(*orders)
+    assert torch.equal(data.order(FAST.order_seed(1), 20, 4, 16), orders[0])
 
 
 def test_a_run_does_not_depend_on_the_number_of_threads_outside(corpus):
@@ -123,13 +126,18 @@ def test_other_bad_input_is_refused(corpus, tmp_path):
         one(corpus, steps=0)
     with pytest.raises(ValueError, match="vocab_size=50: corpus 'words' has 96 symbols"):
         one(corpus, config=Config(vocab_size=50))
+    with pytest.raises(ValueError, match="device='cuda:99' is not available here"):
+        train(SMALL, 0.01, 0, corpus, 2, FAST, device="cuda:99")
+    with pytest.raises(TypeError, match=r"seed=1.7: must be an integer"):
+        one(corpus, seed=1.7)
     with pytest.raises(ValueError, match="too short for context=100000"):
         one(corpus, config=Config(context=100_000))
 
 
 @pytest.mark.parametrize(
     "bad",
-    [{"batch_size": 0}, {"betas": (0.9, 1.0)}, {"betas": (0.9,)}, {"eps": -1.0}, {"weight_decay": math.nan}, {"warmup": 1.5},
+    [{"batch_size": 0}, {"betas": (0.9, 1.0)}, {"betas": (0.9,)}, {"betas": 5}, {"eps": -1.0}, {"eps": "x"},
+     {"weight_decay": math.nan}, {"warmup": 1.5},
      {"final_lr": -0.1}, {"clip": 0.0}, {"evals": 0}, {"eval_batches": 0.5}, {"data_seed": -1}],
 )  # fmt: skip
 def test_bad_options_are_refused(bad):

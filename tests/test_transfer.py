@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minimoe import lr_curves, transfer_report
+from minimoe.figures import styles
 from minimoe.transfer import optimum, sentence
 
 
@@ -104,10 +105,42 @@ def test_by_any_column():
     assert transfer_report(experts, by="n_experts").drift_octaves[0] == pytest.approx(-0.5)
 
 
+def test_rows_that_differ_in_something_else_are_not_averaged():
+    one, two = frame({32: parabola(-6, 2.4), 64: parabola(-6, 2.2)}), frame({32: parabola(-6, 2.0), 64: parabola(-6, 1.8)})
+    one["steps"], two["steps"] = 100, 200
+    with pytest.raises(ValueError, match="the rows of 'mup' at width 32 differ in steps: select one"):
+        transfer_report(pd.concat([one, two]))
+    wide = pd.concat([one, two[two.width == 64].assign(steps=100)])  # the same points twice are one seed
+    assert transfer_report(wide).seeds[0] == 1
+    both = one.assign(n_experts=one.width // 4, top_k=one.width // 16)  # k / E fixed: two fields move together
+    assert transfer_report(both, by="n_experts").drift_octaves[0] == pytest.approx(0)
+
+
+def test_sentences_without_an_optimum_or_a_comparison():
+    dead = frame({32: parabola(-6, 2.4), 64: dict.fromkeys(range(-10, -2), math.inf)})
+    assert sentence(transfer_report(dead).iloc[0]) == "mup: every run at width 64 diverged, so there is no optimum to compare."
+    assert "one width only (32)" in sentence(transfer_report(frame({32: parabola(-6, 2.4)})).iloc[0])
+
+
+def test_every_value_has_a_look_of_its_own_and_powers_of_two_keep_theirs():
+    for values in ([32, 48, 64, 96, 128], [6, 8], [0, 1, 2, 3, 4, 5]):
+        looks = [tuple(look.values()) for look in styles(values).values()]
+        assert len(set(looks)) == len(values)
+    assert styles([32, 48, 64])[64] == styles([64, 128])[64]
+
+
+def test_the_legend_knows_every_curve():
+    sp, mup = frame({32: parabola(-6, 2.4)}, name="sp"), frame({32: parabola(-6, 2.4), 64: parabola(-6, 2.3)})
+    (legend,) = lr_curves(pd.concat([sp, mup])).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["32", "64"]
+
+
 def test_bad_frames_are_refused():
     good = frame({32: parabola(-6, 2.4)})
     with pytest.raises(ValueError, match="lacks the columns depth"):
         transfer_report(good, by="depth")
+    with pytest.raises(ValueError, match="by='parametrization': must be a numeric axis"):
+        transfer_report(good, by="parametrization")
     with pytest.raises(ValueError, match="has no rows"):
         transfer_report(good[:0])
 
@@ -129,5 +162,5 @@ def test_the_figure_has_a_panel_a_curve_and_a_star_for_each():
         assert len(stars) == 2
     colours = [[line.get_color() for line in axes.lines if line.get_label() == "64"] for axes in panels]
     assert colours[0] == colours[1]
-    crosses = [line for line in panels[1].lines if line.get_marker() == "x" and len(line.get_xdata())]
-    assert len(crosses) == 1
+    crosses = [line.get_xdata().tolist() for line in panels[1].lines if line.get_marker() == "x"]
+    assert crosses == [[2**-10], [2**-10, 2**-3]]  # above the picture; and diverged
