@@ -1,9 +1,14 @@
-"""The grouped matrix product: many experts, each with rows of its own, in one differentiable call.
+"""The experts' arithmetic: many feed-forward networks, each on rows of its own, in one differentiable call.
 
-Letters: R runs, E experts, S rows (tokens x active experts) sorted by expert, D in, M out, N tokens.
+Letters: R runs, N tokens, D width, E experts, K active experts per token, S = N*K rows sorted by expert, M hidden size of
+one expert (the up projection has 2M columns for swiglu).
 
-*To the product, R runs of E experts are R*E experts*: each function here carries a vmap rule that folds the run axis
-into the expert (or row) axis, so that a model written for one run trains many at once under `torch.func.vmap`.
+*R runs of E experts are R*E experts*: the vmap rules here fold the run axis into the token and expert axes, so that a
+model written for one run trains many at once under `torch.func.vmap`.
+
+On a CPU the experts take turns, each one's rows, hidden values and gradients staying in the cache: between the products
+there is no pass over memory. On a GPU rows are padded to blocks that belong to one expert each, so that every shape is known
+in advance and nothing has to be read back from the device.
 """
 
 from __future__ import annotations
@@ -11,121 +16,161 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+BLOCK = 32  # rows of a block on a GPU
 
 
-def grouped_product(rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
-    """(S, D) rows sorted by expert, (E, D, M) weights, (E,) counts that sum to S -> (S, M): rows of e times weights[e]."""
-    return _Product.apply(rows, weights, counts)
+def expert_mixture(x: Tensor, token: Tensor, gate: Tensor, counts: Tensor, up: Tensor, down: Tensor, activation: str) -> Tensor:
+    """Row t of the result is the sum, over the slots i with token[i] == t, of gate[i] * expert(x[t]).
+
+    x (N, D), token (S,) and gate (S,) sorted by expert, counts (E,) of slots per expert that sum to S, up (E, D, M),
+    down (E, M, D), activation relu, gelu or swiglu -> (N, D). Differentiable once, in x, gate, up and down.
+    """
+    return _Mixture.apply(x, token, gate, counts, up, down, activation)[0]
 
 
-def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """(N, D), (S,) -> (S, D): x[index], whose gradient is `add_rows`."""
-    return _Take.apply(x, index)
+def activated(activation: str, pre: Tensor) -> Tensor:
+    """(..., M) -> (..., M), or (..., 2M) -> (..., M) for swiglu."""
+    if activation == "swiglu":
+        gate, up = pre.chunk(2, dim=-1)
+        return F.silu(gate) * up
+    return F.relu(pre) if activation == "relu" else F.gelu(pre)
 
 
-def add_rows(rows: Tensor, index: Tensor, n: int) -> Tensor:
-    """(S, D), (S,) -> (n, D): row i is the sum of those rows whose index is i; its gradient is `take_rows`."""
-    return _Add.apply(rows, index, n)
+def activation_gradient(activation: str, grad: Tensor, pre: Tensor) -> Tensor:
+    """The gradient at `pre` from the gradient at `activated(pre)`."""
+    if activation == "swiglu":
+        gate, up = pre.chunk(2, dim=-1)
+        return torch.cat([torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)], dim=-1)
+    if activation == "relu":
+        return torch.ops.aten.threshold_backward(grad, pre, 0)
+    return torch.ops.aten.gelu_backward(grad, pre)
 
 
-class _Product(Function):
-    @staticmethod
-    def forward(rows, weights, counts):
-        out = rows.new_empty(rows.shape[0], weights.shape[2])
-        sizes = counts.tolist()
-        # unbind, not weights[e]: autograd answers each index with a zero tensor of all experts (a third of the step)
-        for x, w, y in zip(rows.split(sizes), weights.unbind(0), out.split(sizes), strict=True):
-            torch.mm(x, w, out=y)
-        return out
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, grad):
-        rows, weights, counts = ctx.saved_tensors
-        d_rows = grouped_product(grad, weights.transpose(1, 2), counts) if ctx.needs_input_grad[0] else None
-        d_weights = _Outer.apply(rows, grad, counts) if ctx.needs_input_grad[1] else None
-        return d_rows, d_weights, None
+class _Mixture(Function):
+    """Returns (out, pre-activations): the second is kept for the backward pass."""
 
     @staticmethod
-    def vmap(info, in_dims, rows, weights, counts):
-        rows, weights, counts = _batched(info, in_dims, rows, weights, counts)
-        out = grouped_product(rows.flatten(0, 1), weights.flatten(0, 1), counts.flatten())
-        return out.unflatten(0, rows.shape[:2]), 0
-
-
-class _Outer(Function):
-    """Weight gradients: (S, D), (S, M), (E,) -> (E, D, M), for each expert its rows' transpose times their gradients."""
-
-    @staticmethod
-    def forward(rows, grads, counts):
-        sizes = counts.tolist()
-        out = rows.new_empty(len(sizes), rows.shape[1], grads.shape[1])
-        for x, g, w in zip(rows.split(sizes), grads.split(sizes), out.unbind(0), strict=True):
-            torch.mm(x.T, g, out=w)
-        return out
+    def forward(x, token, gate, counts, up, down, activation):
+        path = _forward_in_turn if x.device.type == "cpu" else _forward_in_blocks
+        return path(x, token, gate, counts, up, down, activation)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
+        *tensors, ctx.activation = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*tensors, output[1])
 
     @staticmethod
-    def backward(ctx, grad):
-        rows, grads, counts = ctx.saved_tensors
-        return grouped_product(grads, grad.transpose(1, 2), counts), grouped_product(rows, grad, counts), None
+    def backward(ctx, grad, _):
+        d_x, d_gate, d_up, d_down = _MixtureGradient.apply(grad, *ctx.saved_tensors, ctx.activation)
+        return d_x, None, d_gate, None, d_up, d_down, None
 
     @staticmethod
-    def vmap(info, in_dims, rows, grads, counts):
-        rows, grads, counts = _batched(info, in_dims, rows, grads, counts)
-        out = _Outer.apply(rows.flatten(0, 1), grads.flatten(0, 1), counts.flatten())
-        return out.unflatten(0, counts.shape), 0
+    def vmap(info, in_dims, x, token, gate, counts, up, down, activation):
+        tensors = _batched(info, in_dims, x, token, gate, counts, up, down)
+        out, pre = _Mixture.apply(*_folded(*tensors), activation)
+        return (out.unflatten(0, tensors[0].shape[:2]), pre.unflatten(0, (info.batch_size, -1))), (0, 0)
 
 
-class _Take(Function):
-    @staticmethod
-    def forward(x, index):
-        return x.index_select(0, index)
+class _MixtureGradient(Function):
+    """The backward pass, a function of its own so that it too can fold the run axis."""
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, index = inputs
-        ctx.n = x.shape[0]
-        ctx.save_for_backward(index)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (index,) = ctx.saved_tensors
-        return add_rows(grad, index, ctx.n), None
-
-    @staticmethod
-    def vmap(info, in_dims, x, index):
-        x, index = _batched(info, in_dims, x, index)
-        out = take_rows(x.flatten(0, 1), _folded(index, x.shape[1]))
-        return out.unflatten(0, index.shape), 0
-
-
-class _Add(Function):
-    @staticmethod
-    def forward(rows, index, n):
-        return rows.new_zeros(n, rows.shape[1]).index_add_(0, index, rows)
+    def forward(grad, x, token, gate, counts, up, down, pre, activation):
+        path = _backward_in_turn if x.device.type == "cpu" else _backward_in_blocks
+        return path(grad, x, token, gate, counts, up, down, pre, activation)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(inputs[1])
+        pass
 
     @staticmethod
-    def backward(ctx, grad):
-        (index,) = ctx.saved_tensors
-        return take_rows(grad, index), None, None
+    @once_differentiable
+    def backward(ctx, *grads):
+        raise NotImplementedError("expert_mixture is differentiable once")
 
     @staticmethod
-    def vmap(info, in_dims, rows, index, n):
-        rows, index = _batched(info, in_dims, rows, index)
-        runs = rows.shape[0]
-        out = add_rows(rows.flatten(0, 1), _folded(index, n), runs * n)
-        return out.unflatten(0, (runs, n)), 0
+    def vmap(info, in_dims, grad, x, token, gate, counts, up, down, pre, activation):
+        grad, x, token, gate, counts, up, down, pre = _batched(info, in_dims, grad, x, token, gate, counts, up, down, pre)
+        folded = _folded(x, token, gate, counts, up, down)
+        d_x, d_gate, d_up, d_down = _MixtureGradient.apply(grad.flatten(0, 1), *folded, pre.flatten(0, 1), activation)
+        like = zip((d_x, d_gate, d_up, d_down), (x, gate, up, down), strict=True)
+        return tuple(d.unflatten(0, tensor.shape[:2]) for d, tensor in like), (0, 0, 0, 0)
+
+
+def _forward_in_turn(x, token, gate, counts, up, down, activation):
+    sizes = counts.tolist()
+    out, pre = torch.zeros_like(x), x.new_empty(len(token), up.shape[2])
+    # unbind, not up[e]: an index costs more than a small product
+    experts = zip(token.split(sizes), gate[:, None].split(sizes), pre.split(sizes), up.unbind(0), down.unbind(0), strict=True)
+    for t, g, p, u, d in experts:
+        torch.mm(x.index_select(0, t), u, out=p)
+        out.index_add_(0, t, (activated(activation, p) * g) @ d)  # the gate where the rows are short
+    return out, pre
+
+
+def _backward_in_turn(grad, x, token, gate, counts, up, down, pre, activation):
+    sizes = counts.tolist()
+    d_x, d_gate, d_up, d_down = (torch.zeros_like(x), *map(torch.empty_like, (gate, up, down)))
+    slots = (token.split(sizes), gate[:, None].split(sizes), pre.split(sizes), d_gate[:, None].split(sizes))
+    for t, g, p, d_g, u, d, d_u, d_d in zip(*slots, *(w.unbind(0) for w in (up, down, d_up, d_down)), strict=True):
+        h, d_y = activated(activation, p), grad.index_select(0, t)
+        d_h = d_y @ d.T  # of the gated hidden values
+        torch.linalg.vecdot(d_h, h, out=d_g[:, 0])
+        torch.mm(h.mul_(g).T, d_y, out=d_d)
+        d_p = activation_gradient(activation, d_h.mul_(g), p)
+        torch.mm(x.index_select(0, t).T, d_p, out=d_u)
+        d_x.index_add_(0, t, d_p @ u.T)
+    return d_x, d_gate, d_up, d_down
+
+
+def _blocks(counts: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """(place (S,) of each slot among the padded rows, expert (blocks,) of each block), all shapes known in advance.
+
+    Each expert's rows fill whole blocks but for its last; S // BLOCK + E blocks are always enough. The blocks that are
+    left over hold zeros, and stand in the last expert's name.
+    """
+    blocks = (counts + BLOCK - 1) // BLOCK  # (E,)
+    ends, slot_ends = blocks.cumsum(0), counts.cumsum(0)
+    slot = torch.arange(slots, device=counts.device)
+    expert_of_slot = torch.searchsorted(slot_ends, slot, right=True)
+    place = slot + ((ends - blocks) * BLOCK - (slot_ends - counts))[expert_of_slot]
+    numbers = torch.arange(slots // BLOCK + len(counts), device=counts.device)
+    return place, torch.searchsorted(ends, numbers, right=True).clamp(max=len(counts) - 1)
+
+
+def _padded(rows: Tensor, place: Tensor, expert: Tensor) -> Tensor:
+    """(S, C) rows -> (blocks, BLOCK, C), zeros between."""
+    return rows.new_zeros(len(expert) * BLOCK, rows.shape[1]).index_copy(0, place, rows).unflatten(0, (-1, BLOCK))
+
+
+def _per_expert(blocks: Tensor, expert: Tensor, like: Tensor) -> Tensor:
+    """(blocks, C, C') -> (E, C, C'): the sum over each expert's blocks."""
+    return torch.zeros_like(like).index_add_(0, expert, blocks)
+
+
+def _forward_in_blocks(x, token, gate, counts, up, down, activation):
+    place, expert = _blocks(counts, len(token))
+    pre = _padded(x.index_select(0, token), place, expert) @ up.index_select(0, expert)  # (blocks, BLOCK, M)
+    gated = activated(activation, pre) * _padded(gate[:, None], place, expert)
+    rows = (gated @ down.index_select(0, expert)).flatten(0, 1).index_select(0, place)  # (S, D)
+    return torch.zeros_like(x).index_add_(0, token, rows), pre.flatten(0, 1).index_select(0, place)
+
+
+def _backward_in_blocks(grad, x, token, gate, counts, up, down, pre, activation):
+    place, expert = _blocks(counts, len(token))
+    g, p = _padded(gate[:, None], place, expert), _padded(pre, place, expert)
+    d_y = _padded(grad.index_select(0, token), place, expert)
+    h, d_h = activated(activation, p), d_y @ down.index_select(0, expert).mT
+    d_gate = torch.linalg.vecdot(d_h, h).flatten().index_select(0, place)
+    d_down = _per_expert((h * g).mT @ d_y, expert, down)
+    d_p = activation_gradient(activation, d_h * g, p)
+    d_up = _per_expert(_padded(x.index_select(0, token), place, expert).mT @ d_p, expert, up)
+    d_rows = (d_p @ up.index_select(0, expert).mT).flatten(0, 1).index_select(0, place)
+    return torch.zeros_like(x).index_add_(0, token, d_rows), d_gate, d_up, d_down
 
 
 def _batched(info, in_dims, *tensors: Tensor) -> list[Tensor]:
@@ -136,7 +181,8 @@ def _batched(info, in_dims, *tensors: Tensor) -> list[Tensor]:
     ]
 
 
-def _folded(index: Tensor, n: int) -> Tensor:
-    """(R, S) row numbers below n -> (R*S,) row numbers in R tables of n rows laid end to end."""
-    first = n * torch.arange(index.shape[0], device=index.device)
-    return (index + first[:, None]).flatten()
+def _folded(x, token, gate, counts, up, down) -> tuple[Tensor, ...]:
+    """The arguments of R mixtures as those of one: run r's tokens are numbered from r*N on."""
+    runs, n = x.shape[:2]
+    first = n * torch.arange(runs, device=token.device)[:, None]
+    return tuple(tensor.flatten(0, 1) for tensor in (x, token + first, gate, counts, up, down))

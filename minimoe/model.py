@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .grouped import add_rows, grouped_product, take_rows
+from .grouped import activated, expert_mixture
 from .parametrization import Parametrization, RoleParameter, initialise, param_groups, parameter, parametrization
 
 ACTIVATIONS = ("relu", "gelu", "swiglu")
@@ -78,6 +78,12 @@ class Config:
     @property
     def expert_width(self) -> int:  # M
         return self.expert_ratio * self.width // self.granularity
+
+    @property
+    def shape(self) -> dict:
+        """Every field that shapes the computation: all but the table, the base sizes it is measured by, and the seed."""
+        left_out = ("parametrization", "seed", *(f"base_{name}" for name in BASED))
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
 
     @property
     def base(self) -> Config:
@@ -221,20 +227,11 @@ class MoE(nn.Module):
         return (gates / gates.sum(-1, keepdim=True) if self.config.renormalize else gates), experts
 
     def mixture(self, x: Tensor, gates: Tensor, experts: Tensor, counts: Tensor) -> Tensor:
-        """Each token's gated sum of its experts' outputs, expert by expert: the S slots are sorted by their expert."""
+        """Each token's gated sum of its experts' outputs (N, D); the S slots are sorted, expert by expert."""
         order = experts.flatten().argsort(stable=True)  # (S,)
+        gate = (self.down_multiplier * gates).flatten().index_select(0, order)  # (S,); a multiplier is cheapest here
         token = order // self.config.active_experts  # (S,)
-        gate = take_rows(self.down_multiplier * gates.reshape(-1, 1), order)  # (S, 1)
-        rows = take_rows(x, token)  # (S, D)
-        hidden = self.activation(grouped_product(rows, self.up_multiplier * self.up, counts))  # (S, M)
-        out = grouped_product(hidden * gate, self.down, counts)  # (S, D); the gate is linear, and M is the short side
-        return add_rows(out, token, x.shape[0])  # (N, D)
-
-    def activation(self, hidden: Tensor) -> Tensor:  # (..., M), or (..., 2M) for swiglu -> (..., M)
-        if self.config.activation == "swiglu":
-            gate, up = hidden.chunk(2, dim=-1)
-            return F.silu(gate) * up
-        return F.relu(hidden) if self.config.activation == "relu" else F.gelu(hidden)
+        return expert_mixture(self.up_multiplier * x, token, gate, counts, self.up, self.down, self.config.activation)
 
 
 class Block(nn.Module):
@@ -345,6 +342,6 @@ def config_from_dict(data: dict) -> Config:
 def mixture_by_mask(moe: MoE, x: Tensor, gates: Tensor, experts: Tensor) -> Tensor:
     """The slow oracle of `MoE.mixture`: every expert on every token, then masked. (N, D) -> (N, D)."""
     weights = x.new_zeros(len(x), moe.config.experts).scatter(1, experts, gates)  # (N, E), 0 if inactive
-    hidden = moe.activation(torch.einsum("nd,edm->enm", x, moe.up_multiplier * moe.up))  # (E, N, M)
+    hidden = activated(moe.config.activation, torch.einsum("nd,edm->enm", x, moe.up_multiplier * moe.up))  # (E, N, M)
     outputs = torch.einsum("enm,emd->end", hidden, moe.down_multiplier * moe.down)
     return torch.einsum("ne,end->nd", weights, outputs)

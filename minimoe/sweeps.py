@@ -28,10 +28,9 @@ from .corpus import Corpus, load_corpus
 from .model import BASED, Config, MiniMoE, config_from_dict, config_to_dict
 from .parametrization import Numbers, Parametrization, named_roles, numbers, parametrization, require_distinct_names
 from .store import FORMAT, RunStore, label
-from .training import TrainOptions, available_device, check_training, finished_run
+from .training import TrainOptions, available_device, check_training, finished_runs, planned_size
 
 LRS = tuple(2.0**octave for octave in range(-10, -2))
-NOT_SHAPE = ("parametrization", "seed", *(f"base_{name}" for name in BASED))
 
 
 def sweep(
@@ -46,14 +45,21 @@ def sweep(
     store: str | os.PathLike | None = None,
     n_jobs: int | None = None,
     device: str | torch.device | None = None,
+    deterministic: bool = False,
+    backend: str = "loky",
+    address: str | None = None,
     progress: bool = True,
     **config_fields,
 ) -> pd.DataFrame:
     """Train the grid widths x parametrizations x lrs x seeds; one row per cell, in that order.
 
     config_fields: any other field of Config (`depth=3, n_experts=6`). store: path of a JSON-lines file to which each
-    finished run is appended at once, and whose runs are not trained again. n_jobs: processes on a CPU (default: one per
-    core), each with one thread; on a GPU runs follow one another in this process.
+    finished run is appended at once, and whose runs are not trained again. deterministic: see `train`.
+
+    Where: on a GPU (the default device, when there is one), in this process, as many runs of one shape at once as its
+    memory holds. On a CPU, in n_jobs processes (default: one per core) of one thread, each with one run. With
+    backend="dask", on the workers of the cluster whose scheduler is at `address` (default: the current client), this
+    process writing the store.
 
     Columns: every Config field (parametrization by its name), lr, steps, train_loss and val_loss (nats per character;
     infinite if the run diverged), diverged, seconds, corpus, corpus_digest, key (the run's identity) and history (the
@@ -66,10 +72,11 @@ def sweep(
     cells = [_cell(config, lr, steps, options, corpus) for config, lr in configs]
     store = None if store is None else RunStore(store)
     runs, missing = _divided(cells, configs, store)
-    jobs = [(cell, corpus, device) for cell in sorted(missing, key=_cost, reverse=True)]  # the longest first
-    n_jobs = min(n_jobs or joblib.cpu_count(), max(1, len(jobs))) if device.type == "cpu" else 1
+    parts = _parts(sorted(missing, key=_cost, reverse=True), options, device)  # the longest first
+    jobs = [(part, corpus, device, deterministic) for part in parts]
+    n_jobs = min(n_jobs or joblib.cpu_count(), len(jobs)) if device.type == "cpu" else 1
     try:
-        for run in _with_progress(_executed(jobs, n_jobs), missing, progress):
+        for run in _with_progress(_executed(jobs, n_jobs, backend, address), missing, progress):
             if store is not None:
                 store.append(run)
             runs[run["key"]] = run
@@ -139,7 +146,7 @@ def run_key(config: Config, lr: float, steps: int, options: TrainOptions, corpus
     schedule = {name: value for name, value in asdict(options).items() if name not in ("eps", "weight_decay", "data_seed")}
     identity = {
         "format": FORMAT,
-        "shape": {f.name: getattr(config, f.name) for f in fields(config) if f.name not in NOT_SHAPE},
+        "shape": config.shape,
         "numbers": evaluated,
         "seeds": [config.seed, options.order_seed(config.seed)],
         "steps": steps,
@@ -220,19 +227,51 @@ def _cost(cell: dict) -> float:
     return tokens * (c.depth * (experts + attention + 30_000) + c.width * c.vocab_size)
 
 
-def _executed(jobs: list[tuple], n_jobs: int) -> Iterator[dict]:
+def _parts(cells: list[dict], options: TrainOptions, device: torch.device) -> list[list[dict]]:
+    """The cells of each batched program: one, or on a GPU as many of one shape as its memory holds."""
+    groups: dict[tuple, list[dict]] = {}
+    for cell in cells:
+        groups.setdefault(tuple(config_from_dict(cell["config"]).shape.items()), []).append(cell)
+    parts = []
+    for group in groups.values():
+        size = planned_size(config_from_dict(group[0]["config"]), options, device)
+        parts += [group[i : i + size] for i in range(0, len(group), size)]
+    return parts
+
+
+def _executed(jobs: list[tuple], n_jobs: int, backend: str, address: str | None) -> Iterator[dict]:
     """The finished runs, as they finish."""
-    if n_jobs == 1 or len(jobs) < 2:
-        yield from (finished_run(*job) for job in jobs)
+    if backend == "loky" and n_jobs <= 1:
+        for job in jobs:
+            yield from finished_runs(*job)
         return
-    # batch_size=1: a finished run reaches the store at once, not when its neighbours have finished too
-    pool = joblib.Parallel(n_jobs, batch_size=1, return_as="generator_unordered")
-    with joblib.parallel_config("loky", inner_max_num_threads=1), _workers_ignore_ctrl_c():
-        results = pool(joblib.delayed(finished_run)(*job) for job in jobs)
+    with _parallel_backend(backend, address, n_jobs), _workers_ignore_ctrl_c():
+        # batch_size=1: a finished run reaches the store at once, not when its neighbours have finished too
+        pool = joblib.Parallel(n_jobs, batch_size=1, return_as="generator_unordered")
+        results = pool(joblib.delayed(finished_runs)(*job) for job in jobs)
     try:
-        yield from results
+        for runs in results:
+            yield from runs
     finally:
         results.close()
+
+
+def _parallel_backend(backend: str, address: str | None, n_jobs: int):
+    """The joblib configuration. Raises ValueError for an unknown backend, or a cluster that is not there."""
+    if backend == "loky":
+        return joblib.parallel_config("loky", n_jobs=n_jobs, inner_max_num_threads=1)
+    if backend != "dask":
+        raise ValueError(f"backend={backend!r}: must be loky (this machine) or dask (a cluster)")
+    try:
+        from distributed import Client, get_client
+    except ImportError as error:
+        raise ValueError("backend='dask' needs Dask: pip install 'minimoe[cluster]'") from error
+    try:
+        client = Client(address, set_as_default=False) if address else get_client()
+    except (OSError, ValueError) as error:
+        advice = "start one with `dask scheduler` and give its address, e.g. address='tcp://127.0.0.1:8786'"
+        raise ValueError(f"no Dask scheduler at {address or 'hand'}: {advice}") from error
+    return joblib.parallel_config("dask", n_jobs=-1, client=client)
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Training: configs, learning rates, seeds -> loss histories.
 
-One run is the textbook loop, `torch.optim.AdamW` over the model's own parameter groups. Its numbers depend on the config,
-the seed, the corpus and the options alone: initial weights and data order have a generator each, and a CPU run uses one
-thread (the order of a sum, and so its rounding, depends on the number of threads).
+One run is the textbook loop (`SingleRun`); several may be one program (`batched.BatchedRuns`). A run's numbers depend
+on the config, the seed, the corpus and the options alone: initial weights and data order have a generator each, and a CPU
+run uses one thread (the order of a sum, and so its rounding, depends on the number of threads).
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 
 from . import __version__
 from .corpus import Corpus, load_corpus
-from .model import Config, MiniMoE, config_from_dict
+from .model import Config, MiniMoE, Output, config_from_dict
 
 
 @dataclass(frozen=True)
@@ -104,20 +105,81 @@ def train(
     steps: int,
     options: TrainOptions = TrainOptions(),
     device: str | torch.device | None = None,
+    *,
+    at_once: int | None = None,
+    deterministic: bool = False,
 ) -> list[Run]:
     """Train run i with configs[i], lrs[i] and seeds[i]; a single value or a list of one serves every run.
 
     A seed sets `config.seed` and the data order. device None takes a GPU when there is one. A run that diverges is
-    returned like any other, with infinite losses. On a CPU the numbers are the same, bit for bit, each time and in any
-    company. Raises ValueError for lists of different lengths, an LR that is not positive and finite, steps below 1, a
-    device that is not there, or a corpus that has more symbols than a config's vocabulary or is too short.
+    returned like any other, with infinite losses.
+
+    at_once: how many runs of one shape are trained as one batched program. By default one on a CPU, where that is
+    fastest, and on a GPU as many as its memory holds. Trained alone, a run's numbers are the same on a CPU, bit for bit,
+    each time and in any company; batched they agree with that to rounding. On a GPU, deterministic=True makes them repeat
+    bit for bit too (torch.use_deterministic_algorithms), at some cost in time.
+
+    Raises ValueError for lists of different lengths, an LR that is not positive and finite, steps below 1, a device that
+    is not there, or a corpus that has more symbols than a config's vocabulary or is too short.
     """
-    corpus = load_corpus(corpus)
+    corpus, device = load_corpus(corpus), available_device(device)
     specs = _broadcast(configs, lrs, seeds)
     steps = check_training(specs, corpus, steps)
-    data = _Data(corpus, available_device(device))
-    with one_thread():
-        return [_train_alone(config, lr, data, steps, options) for config, lr in specs]
+    if at_once is not None and not whole(at_once, 1):
+        raise ValueError(f"at_once={at_once!r}: must be a positive integer or None")
+    data, runs = _Data(corpus, device), {}
+    with one_thread(), _deterministic(deterministic):
+        for group in _same_shape(specs):
+            size = at_once or planned_size(specs[group[0]][0], options, device)
+            for part, trained in _in_parts(group, size, lambda part: _train([specs[i] for i in part], data, steps, options)):
+                runs |= dict(zip(part, trained, strict=True))
+    return [runs[i] for i in range(len(specs))]
+
+
+def planned_size(config: Config, options: TrainOptions, device: torch.device) -> int:
+    """How many runs of this shape to train as one program: one on a CPU, elsewhere what fits in the free memory."""
+    if device.type != "cuda":
+        return 1
+    from .batched import memory_per_run
+
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(1, int(0.8 * free / memory_per_run(config, options)))
+
+
+def _same_shape(specs: list[tuple[Config, float]]) -> list[list[int]]:
+    """The numbers of the runs, grouped by what a batched program shares: everything but table, base shape and seed."""
+    groups: dict[tuple, list[int]] = {}
+    for i, (config, _) in enumerate(specs):
+        groups.setdefault(tuple(config.shape.items()), []).append(i)
+    return list(groups.values())
+
+
+def _in_parts(runs: list[int], size: int, train_part: Callable) -> Iterator[tuple[list[int], list[Run]]]:
+    """(part, its runs) for parts of at most `size`; where memory runs out, the part is halved and that is said."""
+    waiting = [runs[i : i + size] for i in range(0, len(runs), size)]
+    while waiting:
+        part = waiting.pop(0)
+        try:
+            trained = train_part(part)
+        except torch.OutOfMemoryError:
+            if len(part) == 1:
+                raise
+            half = len(part) // 2
+            warnings.warn(f"out of memory with {len(part)} runs at once: going on with {half}", stacklevel=3)
+            torch.cuda.empty_cache()
+            waiting[:0] = [part[:half], part[half:]]
+            continue
+        yield part, trained
+
+
+@contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(wanted or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def available_device(device: str | torch.device | None = None) -> torch.device:
@@ -175,11 +237,12 @@ class _Data:
         self.train = _tensor(corpus.train).to(device)
         self.val = _tensor(corpus.val).to(device)
 
-    def order(self, seed: int, steps: int, batch_size: int, context: int) -> Tensor:
-        """(steps, B) first characters of the training sequences."""
-        generator = torch.Generator("cpu").manual_seed(seed)
+    def order(self, seeds: Sequence[int], steps: int, batch_size: int, context: int) -> Tensor:
+        """(steps, R, B) first characters of the training sequences: run r's come from a generator of its own."""
         last = len(self.train) - context
-        return torch.randint(last, (steps, batch_size), generator=generator).to(self.device)
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        drawn = [torch.randint(last, (steps, batch_size), generator=generator) for generator in generators]
+        return torch.stack(drawn, dim=1).to(self.device)
 
     def validation(self, batches: int, batch_size: int, context: int) -> list[Tensor]:
         """The fixed validation batches, evenly spaced over the text."""
@@ -192,8 +255,8 @@ def _tensor(tokens: np.ndarray) -> Tensor:
 
 
 def windows(text: Tensor, first: Tensor, context: int) -> Tensor:
-    """(n,) text, (B,) first characters -> (B, T + 1) int64 tokens."""
-    return text[first[:, None] + torch.arange(context + 1, device=text.device)].long()
+    """(n,) text, (..., B) first characters -> (..., B, T + 1) int64 tokens."""
+    return text[first[..., None] + torch.arange(context + 1, device=text.device)].long()
 
 
 def lr_factor(step: int, steps: int, options: TrainOptions) -> float:
@@ -210,108 +273,150 @@ def record_steps(steps: int, evals: int) -> list[int]:
     return sorted({math.ceil(steps * i / evals) for i in range(1, evals + 1)})
 
 
-def losses(model: MiniMoE, batch: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, T + 1) -> (loss to train on, cross-entropy in nats), both ()."""
-    out = model(batch[:, :-1])
+def losses(run: Callable[[Tensor], Output], config: Config, batch: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, T + 1) -> (loss to train on, cross-entropy in nats), both (). `run` is a model: tokens -> Output."""
+    out = run(batch[:, :-1])
     cross_entropy = F.cross_entropy(out.logits.flatten(0, 1), batch[:, 1:].flatten())
-    loss = cross_entropy + model.config.balance_weight * out.balance_loss
-    if model.config.z_weight:
-        loss = loss + model.config.z_weight * out.router_logits.logsumexp(-1).square().mean()
+    loss = cross_entropy + config.balance_weight * out.balance_loss
+    if config.z_weight:
+        loss = loss + config.z_weight * out.router_logits.logsumexp(-1).square().mean()
     return loss, cross_entropy
 
 
-@torch.no_grad()
-def measure(model: MiniMoE, batches: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def measured(run: Callable[[Tensor], Output], batches: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Over validation batches: cross-entropy (), load (L, E), mean square of the router logits (L,)."""
-    loss, load, square = 0.0, 0.0, 0.0
+    totals = []
     for batch in batches:
-        out = model(batch[:, :-1])
-        loss = loss + F.cross_entropy(out.logits.flatten(0, 1), batch[:, 1:].flatten())
-        load = load + out.load
-        square = square + out.router_logits.square().mean((1, 2, 3))
-    n = len(batches)
-    return loss / n, load / n, square / n
+        out = run(batch[:, :-1])
+        loss = F.cross_entropy(out.logits.flatten(0, 1), batch[:, 1:].flatten())
+        totals.append((loss, out.load, out.router_logits.square().mean((1, 2, 3))))
+    loss, load, square = (sum(values) / len(batches) for values in zip(*totals, strict=True))
+    return loss, load, square
 
 
-def record(step: int, train_loss: float, measured: tuple[Tensor, Tensor, Tensor]) -> dict:
+class SingleRun:
+    """One run, the textbook way: `torch.optim.AdamW` over the model's parameter groups. R is 1 in the shapes.
+
+    It is what `batched.BatchedRuns` must equal, and on a CPU the faster of the two.
+    """
+
+    def __init__(self, models: Sequence[MiniMoE], lrs: Sequence[float], options: TrainOptions):
+        (self.model,), (lr,) = models, lrs
+        self.options = options
+        groups = self.model.param_groups(lr, options.eps, options.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, betas=options.betas, fused=True)
+        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
+
+    def step(self, batch: Tensor, factor: float) -> Tensor:
+        """One step on the batch (1, B, T + 1) at `factor` of the LRs; the cross-entropy (1,) before it."""
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * factor
+        loss, cross_entropy = losses(self.model, self.model.config, batch[0])
+        self.optimizer.zero_grad()
+        loss.backward()
+        if self.options.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip)
+        self.optimizer.step()
+        return cross_entropy.detach()[None]
+
+    @torch.no_grad()
+    def measure(self, batches: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """`measured` on the validation batches, with a leading axis of 1."""
+        loss, load, square = measured(self.model, batches)
+        return loss[None], load[None], square[None]
+
+    def trained_models(self) -> list[MiniMoE]:
+        """The model."""
+        return [self.model]
+
+
+def record(step: int, train_loss: float, val_loss: float, load: Tensor, square: Tensor) -> dict:
     """One row of a history: losses after `step` steps and, per layer, what the router does on the validation batches.
 
     train_loss: mean since the last record. max_load: largest load over the mean load. idle_experts: experts that no
     token chose. router_rms: root mean square of the router logits.
     """
-    loss, load, square = measured
     return {
         "step": step,
         "train_loss": train_loss,
-        "val_loss": _finite(loss.item()),
+        "val_loss": val_loss,
         "max_load": (load.max(-1).values * load.shape[-1]).tolist(),
         "idle_experts": (load == 0).sum(-1).tolist(),
         "router_rms": square.sqrt().tolist(),
     }
 
 
+def _train(specs: list[tuple[Config, float]], data: _Data, steps: int, options: TrainOptions) -> list[Run]:
+    """The runs of one shape: one alone, or several as one program."""
+    from .batched import BatchedRuns
+
+    start = time.perf_counter()
+    config = specs[0][0]
+    models = [MiniMoE(config).to(data.device) for config, _ in specs]
+    engine = (SingleRun if len(specs) == 1 else BatchedRuns)(models, [lr for _, lr in specs], options)
+    order = data.order([options.order_seed(config.seed) for config, _ in specs], steps, options.batch_size, config.context)
+    validation = data.validation(options.eval_batches, options.batch_size, config.context)
+    histories: list[list[dict]] = [[] for _ in specs]
+    trace: list[Tensor] = []  # the cross-entropies (R,) of every step
+    alive = [True] * len(specs)
+    for stop in record_steps(steps, options.evals):
+        since = len(trace)
+        for step in range(since, stop):
+            batch = windows(data.train, order[step], config.context)  # (R, B, T + 1)
+            trace.append(engine.step(batch, lr_factor(step, steps, options)))
+        train_losses = torch.stack(trace[since:]).mean(0).tolist()
+        val_losses, loads, squares = engine.measure(validation)
+        for i, val_loss in enumerate(val_losses.tolist()):
+            if alive[i]:
+                row = record(stop, _finite(train_losses[i]), _finite(val_loss), loads[i], squares[i])
+                histories[i].append(row)
+                alive[i] = math.isfinite(row["train_loss"] + row["val_loss"])
+        if not any(alive):
+            break  # they never come back
+    tails = torch.stack(trace[-math.ceil(steps / 10) :]).mean(0).tolist()
+    seconds = (time.perf_counter() - start) / len(specs)
+    results = zip(specs, engine.trained_models(), histories, tails, alive, strict=True)
+    return [
+        Run(
+            config=config,
+            lr=lr,
+            seed=config.seed,
+            steps=steps,
+            train_loss=tail if converged else math.inf,
+            val_loss=history[-1]["val_loss"] if converged else math.inf,
+            diverged=not converged,
+            seconds=seconds,
+            corpus=data.corpus.name,
+            corpus_digest=data.corpus.digest,
+            device=str(data.device),
+            history=history,
+            model=model,
+        )
+        for (config, lr), model, history, tail, converged in results
+    ]
+
+
 def _finite(loss: float) -> float:
     return loss if math.isfinite(loss) else math.inf
 
 
-def _train_alone(config: Config, lr: float, data: _Data, steps: int, options: TrainOptions) -> Run:
-    """One run, the plain way."""
-    start = time.perf_counter()
-    model = MiniMoE(config).to(data.device)
-    groups = model.param_groups(lr, options.eps, options.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=options.betas, fused=True)
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    order = data.order(options.order_seed(config.seed), steps, options.batch_size, config.context)
-    validation = data.validation(options.eval_batches, options.batch_size, config.context)
-    history: list[dict] = []
-    trace: list[Tensor] = []  # the cross-entropy of every step
-    for stop in record_steps(steps, options.evals):
-        since = len(trace)
-        for step in range(since, stop):
-            factor = lr_factor(step, steps, options)
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * factor
-            loss, cross_entropy = losses(model, windows(data.train, order[step], config.context))
-            optimizer.zero_grad()
-            loss.backward()
-            if options.clip is not None:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip)
-            optimizer.step()
-            trace.append(cross_entropy.detach())
-        train_loss = _finite(torch.stack(trace[since:]).mean().item())
-        history.append(record(stop, train_loss, measure(model, validation)))
-        if math.isinf(train_loss) or math.isinf(history[-1]["val_loss"]):
-            break  # it never comes back
-    diverged = history[-1]["step"] < steps or math.isinf(history[-1]["train_loss"] + history[-1]["val_loss"])
-    tail = torch.stack(trace[-max(1, math.ceil(steps / 10)) :]).mean().item()
-    return Run(
-        config=config,
-        lr=lr,
-        seed=config.seed,
-        steps=steps,
-        train_loss=math.inf if diverged else tail,
-        val_loss=math.inf if diverged else history[-1]["val_loss"],
-        diverged=diverged,
-        seconds=time.perf_counter() - start,
-        corpus=data.corpus.name,
-        corpus_digest=data.corpus.digest,
-        device=str(data.device),
-        history=history,
-        model=model,
-    )
-
-
-def finished_run(cell: dict, corpus: Corpus, device: torch.device) -> dict:
-    """Train one cell of a sweep: its labels in, the same with the run's results out, as the store keeps them."""
-    config, options = config_from_dict(cell["config"]), TrainOptions(**cell["options"])
-    (run,) = train(config, cell["lr"], config.seed, corpus, cell["steps"], options, device)
-    return {
-        **cell,
-        "train_loss": run.train_loss,
-        "val_loss": run.val_loss,
-        "diverged": run.diverged,
-        "seconds": round(run.seconds, 3),
-        "device": run.device,
-        "versions": {"minimoe": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "history": run.history,
-    }
+def finished_runs(cells: list[dict], corpus: Corpus, device: torch.device, deterministic: bool = False) -> list[dict]:
+    """Train cells of a sweep: their labels in, the same with the runs' results out, as the store keeps them."""
+    options, steps = TrainOptions(**cells[0]["options"]), cells[0]["steps"]
+    configs = [config_from_dict(cell["config"]) for cell in cells]
+    lrs, seeds = [cell["lr"] for cell in cells], [config.seed for config in configs]
+    runs = train(configs, lrs, seeds, corpus, steps, options, device, at_once=len(cells), deterministic=deterministic)
+    versions = {"minimoe": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    return [
+        {
+            **cell,
+            "train_loss": run.train_loss,
+            "val_loss": run.val_loss,
+            "diverged": run.diverged,
+            "seconds": round(run.seconds, 3),
+            "device": run.device,
+            "versions": versions,
+            "history": run.history,
+        }
+        for cell, run in zip(cells, runs, strict=True)
+    ]

@@ -1,64 +1,118 @@
-"""The grouped product against one matrix product per expert, alone and with a run axis."""
+"""The experts' arithmetic against one small network per expert, on both paths, alone and with a run axis."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.func import vmap
+from torch.func import grad, vmap
 
-from minimoe.grouped import add_rows, grouped_product, take_rows
+from minimoe import grouped
+from minimoe.grouped import activated, activation_gradient, expert_mixture
 
-SIZES = st.lists(st.integers(0, 7), min_size=1, max_size=6)
+PATHS = {
+    "in turn": (grouped._forward_in_turn, grouped._backward_in_turn),
+    "in blocks": (grouped._forward_in_blocks, grouped._backward_in_blocks),
+}
 
 
-def double(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+@pytest.fixture(params=PATHS)
+def path(request, monkeypatch):
+    """Run the test on the CPU's path and, on the CPU too, on the GPU's."""
+    forward, backward = PATHS[request.param]
+    monkeypatch.setattr(grouped, "_forward_in_turn", forward)
+    monkeypatch.setattr(grouped, "_backward_in_turn", backward)
+
+
+def arguments(sizes, n=5, d=3, m=2, activation="relu", seed=0):
+    draw = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=draw).requires_grad_()
+
+    token = torch.randint(n, (sum(sizes),), generator=draw)
+    columns = 2 * m if activation == "swiglu" else m
+    tensors = (normal(n, d), normal(sum(sizes)), normal(len(sizes), d, columns), normal(len(sizes), m, d))
+    return tensors, token, torch.tensor(sizes)
+
+
+def plainly(tensors, token, counts, activation):
+    x, gate, up, down = tensors
+    rows, start = torch.zeros_like(x), 0
+    for e, size in enumerate(counts.tolist()):
+        for i in range(start, start + size):
+            y = gate[i] * (activated(activation, x[token[i]] @ up[e]) @ down[e])
+            rows = rows + torch.nn.functional.one_hot(token[i], len(x))[:, None] * y
+        start += size
+    return rows
+
+
+def mixture(tensors, token, counts, activation):
+    x, gate, up, down = tensors
+    return expert_mixture(x, token, gate, counts, up, down, activation)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "swiglu"])
+@pytest.mark.parametrize("sizes", [[3], [2, 0, 4], [0, 0, 5, 1], [40, 1, 0, 33]])
+def test_it_equals_one_network_per_expert(path, sizes, activation):
+    tensors, token, counts = arguments(sizes, activation=activation)
+    outputs = [f(tensors, token, counts, activation) for f in (mixture, plainly)]
+    torch.testing.assert_close(*outputs)
+    gradients = [torch.autograd.grad(out.sin().sum(), tensors) for out in outputs]
+    for fast, plain in zip(*gradients, strict=True):
+        torch.testing.assert_close(fast, plain)
 
 
 @settings(max_examples=40, deadline=None)
-@given(sizes=SIZES, d=st.integers(1, 5), m=st.integers(1, 5))
-def test_it_equals_one_product_per_group(sizes, d, m):
-    rows, weights = double(sum(sizes), d), double(len(sizes), d, m, seed=1)
-    fast = grouped_product(rows, weights, torch.tensor(sizes))
-    slow = torch.cat([x @ w for x, w in zip(rows.split(sizes), weights, strict=True)])
-    torch.testing.assert_close(fast, slow)
-    for a, b in zip(
-        torch.autograd.grad(fast.sin().sum(), (rows, weights)),
-        torch.autograd.grad(slow.sin().sum(), (rows, weights)),
-        strict=True,
-    ):
+@given(sizes=st.lists(st.integers(0, 70), min_size=1, max_size=6).filter(any), seed=st.integers(0, 9))
+def test_both_paths_agree(sizes, seed):
+    tensors, token, counts = arguments(sizes, n=40, seed=seed)
+    x, gate, up, down = (tensor.detach() for tensor in tensors)
+    outs = []
+    for forward, backward in PATHS.values():
+        out, pre = forward(x, token, gate, counts, up, down, "gelu")
+        outs.append((out, pre, *backward(out.sin(), x, token, gate, counts, up, down, pre, "gelu")))
+    for a, b in zip(*outs, strict=True):
         torch.testing.assert_close(a, b)
 
 
-def test_first_and_second_derivatives_are_right():
-    rows, weights, counts = double(6, 3), double(3, 3, 2, seed=1), torch.tensor([2, 0, 4])
-    assert torch.autograd.gradcheck(lambda r, w: grouped_product(r, w, counts), (rows, weights))
-    assert torch.autograd.gradgradcheck(lambda r, w: grouped_product(r, w, counts), (rows, weights))
-    index = torch.tensor([4, 0, 0, 5])
-    assert torch.autograd.gradcheck(lambda x: take_rows(x, index), (rows,))
-    assert torch.autograd.gradcheck(lambda x: add_rows(x, torch.tensor([1, 1, 0, 2, 2, 2]), 4), (rows,))
+@pytest.mark.parametrize("activation", ["relu", "gelu", "swiglu"])
+def test_activation_gradients_are_autograds(activation):
+    pre = torch.randn(7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    out = activated(activation, pre)
+    (expected,) = torch.autograd.grad(out, pre, torch.cos(out))
+    torch.testing.assert_close(activation_gradient(activation, torch.cos(out).detach(), pre.detach()), expected)
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_runs_fold_into_experts(shared):
-    """R runs under vmap equal each run alone; `shared`: all runs use the same rows, as with one batch for many runs."""
-    counts = torch.tensor([[2, 0, 4], [1, 5, 0]])
-    rows = double(6, 3) if shared else double(2, 6, 3)
-    weights = double(2, 3, 3, 2, seed=1)
-    together = vmap(grouped_product, in_dims=(None if shared else 0, 0, 0))(rows, weights, counts)
-    alone = torch.stack([grouped_product(rows if shared else rows[i], weights[i], counts[i]) for i in range(2)])
-    assert torch.equal(together, alone)
-    for a, b in zip(
-        torch.autograd.grad(together.sin().sum(), (rows, weights)),
-        torch.autograd.grad(alone.sin().sum(), (rows, weights)),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b)
+def test_the_derivative_is_right_by_differences(path):
+    tensors, token, counts = arguments([2, 0, 4], activation="gelu")
+    assert torch.autograd.gradcheck(lambda *t: mixture(t, token, counts, "gelu"), tensors)
 
 
-def test_taking_and_adding_rows_under_vmap():
-    x, index = double(3, 5, 2), torch.randint(5, (3, 7), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(vmap(take_rows)(x, index), torch.stack([x[i][index[i]] for i in range(3)]))
-    rows = double(3, 7, 2)
-    expected = torch.stack([torch.zeros(5, 2, dtype=torch.float64).index_add(0, index[i], rows[i]) for i in range(3)])
-    assert torch.equal(vmap(lambda r, i: add_rows(r, i, 5))(rows, index), expected)
+def test_it_is_differentiable_once_and_says_so():
+    tensors, token, counts = arguments([2, 3])
+    (first,) = torch.autograd.grad(mixture(tensors, token, counts, "relu").sum(), tensors[:1], create_graph=True)
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        first.sum().backward()
+
+
+def test_runs_fold_into_experts(path):
+    runs = [arguments(sizes, seed=i) for i, sizes in enumerate(([2, 0, 4], [1, 5, 0], [0, 0, 6]))]
+    stacked = [torch.stack(ts).detach() for ts in zip(*(r[0] for r in runs), strict=True)]
+    token, counts = torch.stack([r[1] for r in runs]), torch.stack([r[2] for r in runs])
+
+    def loss(tensors, token, counts):
+        return mixture(tensors, token, counts, "relu").sin().sum()
+
+    together = vmap(grad(loss))(tuple(stacked), token, counts)
+    for i, (tensors, token_i, counts_i) in enumerate(runs):
+        alone = torch.autograd.grad(loss(tensors, token_i, counts_i), tensors)
+        for a, b in zip(together, alone, strict=True):
+            torch.testing.assert_close(a[i], b)
+
+
+def test_runs_that_share_an_argument(path):
+    (x, gate, up, down), token, counts = arguments([2, 0, 4])
+    ups = torch.stack([up, 2 * up]).detach()
+    together = vmap(lambda u: expert_mixture(x, token, gate, counts, u, down, "relu"))(ups)
+    torch.testing.assert_close(together[1], 2 * together[0])
+    torch.testing.assert_close(together[0], mixture((x, gate, up, down), token, counts, "relu"))

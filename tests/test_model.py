@@ -214,22 +214,13 @@ def test_it_runs_under_vmap_of_grad_each_run_with_its_own_multipliers():
     parameters, buffers = stack_module_state(models)
 
     def loss(parameters, buffers, batch):
-        model = Functional(models[0], parameters, buffers)
-        return losses(model, batch)[0]
+        return losses(lambda tokens: functional_call(models[0], (parameters, buffers), (tokens,)), models[0].config, batch)[0]
 
     stacked = vmap(grad(loss))(parameters, buffers, batch)
     for i, model in enumerate(models):
-        losses(model, batch[i])[0].backward()
+        losses(model, model.config, batch[i])[0].backward()
         for name, param in model.named_parameters():
             torch.testing.assert_close(stacked[name][i], param.grad, rtol=1e-6, atol=1e-6)
-
-
-class Functional:
-    def __init__(self, model, parameters, buffers):
-        self.model, self.state, self.config = model, (parameters, buffers), model.config
-
-    def __call__(self, tokens):
-        return functional_call(self.model, self.state, (tokens,))
 
 
 @pytest.mark.parametrize("name", ["mup", "edited"])

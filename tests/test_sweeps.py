@@ -32,8 +32,10 @@ for role in EPS_TWICE.roles:
 def trained(monkeypatch):
     """The keys of the runs that were really trained."""
     keys = []
-    original = sweeps.finished_run
-    monkeypatch.setattr(sweeps, "finished_run", lambda cell, *rest: keys.append(cell["key"]) or original(cell, *rest))
+    original = sweeps.finished_runs
+    monkeypatch.setattr(
+        sweeps, "finished_runs", lambda cells, *rest: keys.extend(cell["key"] for cell in cells) or original(cells, *rest)
+    )
     return keys
 
 
@@ -80,7 +82,7 @@ def test_a_second_sweep_skips_what_the_store_has(corpus, tmp_path, trained):
 def test_a_stopped_sweep_goes_on_and_gives_the_same_frame(corpus, tmp_path, monkeypatch):
     whole = sweep((32, 64), lrs=(0.01, 0.02), corpus=corpus, **TINY)
     store = tmp_path / "runs.jsonl"
-    original, calls = sweeps.finished_run, []
+    original, calls = sweeps.finished_runs, []
 
     def interrupted(*job):
         calls.append(job)
@@ -88,7 +90,7 @@ def test_a_stopped_sweep_goes_on_and_gives_the_same_frame(corpus, tmp_path, monk
             raise KeyboardInterrupt
         return original(*job)
 
-    monkeypatch.setattr(sweeps, "finished_run", interrupted)
+    monkeypatch.setattr(sweeps, "finished_runs", interrupted)
     with pytest.raises(KeyboardInterrupt, match=r"3 of 8 runs are in .*runs.jsonl: the same call goes on from there"):
         sweep((32, 64), lrs=(0.01, 0.02), corpus=corpus, store=store, **TINY)
     assert len(store.read_text().splitlines()) == 3

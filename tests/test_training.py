@@ -48,9 +48,9 @@ def test_seeds_govern_init_and_data_order_separately(corpus):
     assert len({run.val_loss for run in (own, other_data, other_init)}) == 3
     assert one(corpus, seed=1, options=TrainOptions(batch_size=4, eval_batches=2, data_seed=1)).val_loss == own.val_loss
     data = _Data(corpus, torch.device("cpu"))
-    orders = [data.order(run_options.order_seed(1), 20, 4, 16) for run_options in (FAST, TrainOptions(data_seed=5))]
+    orders = [data.order([run_options.order_seed(1)], 20, 4, 16) for run_options in (FAST, TrainOptions(data_seed=5))]
     assert not torch.equal(*orders)
-    assert torch.equal(data.order(FAST.order_seed(1), 20, 4, 16), orders[0])
+    assert torch.equal(data.order([FAST.order_seed(1)], 20, 4, 16), orders[0])
 
 
 def test_a_run_does_not_depend_on_the_number_of_threads_outside(corpus):
@@ -106,7 +106,7 @@ def test_auxiliary_losses_reach_the_gradient_and_not_the_report(corpus):
     seen = {}
     for balance, z in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0)):
         model = MiniMoE(Config(width=32, context=16, balance_weight=balance, z_weight=z))
-        loss, cross_entropy = losses(model, batch)
+        loss, cross_entropy = losses(model, model.config, batch)
         loss.backward()
         seen[balance, z] = (cross_entropy.item(), model.blocks[0].moe.router.grad.clone())
     assert len({cross_entropy for cross_entropy, _ in seen.values()}) == 1

@@ -1,0 +1,204 @@
+"""Many runs as one program: each equals itself alone, and nothing is read back from the device."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from minimoe import Config, MiniMoE, TrainOptions, grouped, train, training
+from minimoe.batched import BatchedRuns, memory_per_run
+from minimoe.training import SingleRun, losses, planned_size
+
+FIELDS = {"width": 64, "context": 16, "n_experts": 4}
+OPTIONS = TrainOptions(batch_size=4, eval_batches=2)
+
+
+def configs(**fields):
+    """Runs of different parametrizations and seeds, one shape."""
+    names = [("mup", 0), ("sp", 0), ("mup", 3), ("simplep", 1)]
+    return [Config(name, seed=seed, **FIELDS | fields) for name, seed in names]
+
+
+LRS = [2**-6, 2**-7, 2**-5, 2**-6]
+SHAPES = [{}, {"granularity": 4, "renormalize": True}, {"activation": "swiglu"}, {"activation": "gelu", "z_weight": 0.1},
+          {"n_experts": 1, "top_k": 1}, {"forced_balance": True}]  # fmt: skip
+
+
+def tokens(runs, seed=0):
+    return torch.randint(96, (runs, 4, 17), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("fields", SHAPES)
+def test_gradients_at_step_0_equal_each_run_alone(fields):
+    models = [MiniMoE(config) for config in configs(**fields)]
+    batched = BatchedRuns(models, LRS, OPTIONS)
+    batch = tokens(4)
+    gradient, _ = torch.func.vmap(torch.func.grad(batched._losses, has_aux=True))(batched.weights, batched.buffers, batch)
+    for i, model in enumerate(models):
+        losses(model, model.config, batch[i])[0].backward()
+        alone = torch.cat([p.grad.flatten() for p in model.parameters()])
+        torch.testing.assert_close(gradient[i], alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_ten_steps_equal_each_run_alone_with_torchs_own_adamw(decay):
+    options = TrainOptions(batch_size=4, weight_decay=decay, clip=0.5)
+    batched = BatchedRuns([MiniMoE(config) for config in configs()], LRS, options)
+    alone = [SingleRun([MiniMoE(config)], [lr], options) for config, lr in zip(configs(), LRS, strict=True)]
+    for step in range(10):
+        batch = tokens(4, seed=step)
+        factor = (step + 1) / 10
+        together = batched.step(batch, factor)
+        apart = torch.cat([run.step(batch[i : i + 1], factor) for i, run in enumerate(alone)])
+        torch.testing.assert_close(together, apart, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_the_batched_update_is_torchs_adamw_to_rounding(decay):
+    """The same gradients into both, in float64, so that only the update is compared."""
+    options = TrainOptions(weight_decay=decay)
+    models = [MiniMoE(config).double() for config in configs()]
+    batched = BatchedRuns(models, LRS, options)
+    optimizers = [
+        torch.optim.AdamW(m.param_groups(lr, 1e-8, decay), betas=options.betas) for m, lr in zip(models, LRS, strict=True)
+    ]
+    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    draw = torch.Generator().manual_seed(0)
+    for step in range(12):
+        factor = 0.1 + step / 12
+        gradient = torch.randn(batched.weights.shape, generator=draw, dtype=torch.float64) * 10.0 ** (step % 3 - 9)
+        batched._adamw(gradient, factor)
+        for i, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
+            for param, part in zip(model.parameters(), gradient[i].split(batched.sizes), strict=True):
+                param.grad = part.view_as(param)
+            for group, peak in zip(optimizer.param_groups, peaks[i], strict=True):
+                group["lr"] = peak * factor
+            optimizer.step()
+    for i, model in enumerate(models):
+        expected = torch.cat([p.detach().flatten() for p in model.parameters()])
+        torch.testing.assert_close(batched.weights[i], expected, rtol=1e-12, atol=1e-14)
+
+
+def test_whole_runs_agree_and_keep_their_own_histories(corpus):
+    together = train(configs(), LRS, [0, 0, 3, 1], corpus, 40, OPTIONS, at_once=4)
+    apart = train(configs(), LRS, [0, 0, 3, 1], corpus, 40, OPTIONS)
+    for one, other in zip(together, apart, strict=True):
+        assert (one.config, one.lr, one.seed, one.diverged) == (other.config, other.lr, other.seed, other.diverged)
+        assert [r["step"] for r in one.history] == [r["step"] for r in other.history]
+        assert one.history[0]["train_loss"] == pytest.approx(other.history[0]["train_loss"], abs=1e-4)
+        assert one.val_loss == pytest.approx(other.val_loss, abs=0.05)  # routing flips amplify rounding with time
+        weights = [torch.cat([p.flatten() for p in run.model.parameters()]) for run in (one, other)]
+        assert torch.nn.functional.cosine_similarity(*weights, dim=0) > 0.99
+
+
+def test_the_batched_optimum_is_the_same(corpus):
+    lrs = [2.0**octave for octave in range(-9, -2)]
+    best = []
+    for at_once in (1, 7):
+        runs = train(Config("mup", **FIELDS), lrs, 0, corpus, 40, OPTIONS, at_once=at_once)
+        best.append(min(runs, key=lambda run: run.val_loss).lr)
+    assert best[0] == best[1]
+
+
+def test_a_run_that_diverges_leaves_the_others_bit_identical(corpus):
+    calm = train(configs(), LRS, [0, 0, 3, 1], corpus, 20, OPTIONS, at_once=4)
+    wild = train(configs(), [*LRS[:1], 1e30, *LRS[2:]], [0, 0, 3, 1], corpus, 20, OPTIONS, at_once=4)
+    assert [run.diverged for run in wild] == [False, True, False, False]
+    assert wild[1].val_loss == math.inf
+    for i in (0, 2, 3):
+        assert wild[i].history == calm[i].history
+        assert all(torch.equal(a, b) for a, b in zip(wild[i].model.parameters(), calm[i].model.parameters(), strict=True))
+
+
+def test_a_batched_run_does_not_depend_on_its_company(corpus):
+    """Two runs of one program against four: the numbers are those of the run, not of the batch."""
+    four = train(configs(), LRS, [0, 0, 3, 1], corpus, 10, OPTIONS, at_once=4)
+    two = train(configs(), LRS, [0, 0, 3, 1], corpus, 10, OPTIONS, at_once=2)
+    assert [run.history for run in four] == [run.history for run in two]
+
+
+def test_on_a_cpu_runs_are_trained_alone_by_default(corpus, monkeypatch):
+    assert planned_size(Config(), OPTIONS, torch.device("cpu")) == 1
+    monkeypatch.setattr("minimoe.batched.BatchedRuns", None)
+    assert len(train(configs(), LRS, 0, corpus, 2, OPTIONS)) == 4
+
+
+@pytest.mark.parametrize("fields", SHAPES)
+def test_a_step_reads_nothing_back_from_the_device(fields, monkeypatch):
+    """Under FakeTensorMode tensors have no values: `.item()`, `.tolist()` and data-dependent shapes raise.
+
+    A torch without CUDA has no fake CUDA either, so the GPU's path is taken on a fake CPU.
+    """
+    monkeypatch.setattr(grouped, "_forward_in_turn", grouped._forward_in_blocks)
+    monkeypatch.setattr(grouped, "_backward_in_turn", grouped._backward_in_blocks)
+    with FakeTensorMode():
+        models = [MiniMoE(config) for config in configs(**fields)]
+        batched = BatchedRuns(models, LRS, TrainOptions(weight_decay=0.1, clip=1.0))
+        batch = torch.zeros(4, 4, 17, dtype=torch.int64)
+        cross_entropy = batched.step(batch, 0.5)
+        loss, load, square = batched.measure([batch[0], batch[1]])
+    assert cross_entropy.shape == loss.shape == (4,)
+    assert load.shape == (4, 2, models[0].config.experts)
+    assert square.shape == (4, 2)
+
+
+def test_the_cpus_path_would_be_caught():
+    with FakeTensorMode():
+        single = SingleRun([MiniMoE(Config(**FIELDS))], [0.01], OPTIONS)
+        with pytest.raises(DataDependentOutputException):  # the sizes of the groups, which a CPU may well look at
+            single.step(torch.zeros(1, 4, 17, dtype=torch.int64), 1.0)
+
+
+def test_where_memory_runs_out_the_part_is_halved_and_that_is_said(corpus, monkeypatch):
+    original, sizes = training._train, []
+
+    def short_of_memory(specs, *rest):
+        sizes.append(len(specs))
+        if len(specs) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(specs, *rest)
+
+    monkeypatch.setattr(training, "_train", short_of_memory)
+    with pytest.warns(UserWarning, match="out of memory with 4 runs at once: going on with 2"):
+        runs = train(configs(), LRS, [0, 0, 3, 1], corpus, 2, OPTIONS, at_once=4)
+    assert sizes == [4, 2, 2]
+    assert [run.lr for run in runs] == LRS
+
+
+def test_a_single_run_that_does_not_fit_is_an_error(corpus, monkeypatch):
+    def never(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(training, "_train", never)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(Config(**FIELDS), 0.01, 0, corpus, 2, OPTIONS)
+
+
+def test_the_planner_fills_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 * 2**30, 8 * 2**30))
+    sizes = [planned_size(Config(width=width), TrainOptions(), torch.device("cuda")) for width in (32, 128, 512)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] >= 1
+    need = memory_per_run(Config(width=128), TrainOptions())
+    assert sizes[1] == int(0.8 * 8 * 2**30 / need)
+    parameters = sum(p.numel() for p in MiniMoE(Config(width=128)).parameters())
+    assert need > 4 * 8 * parameters
+
+
+def test_deterministic_is_asked_of_torch_and_taken_back(corpus, monkeypatch):
+    seen = []
+    original = training._train
+    monkeypatch.setattr(training, "_train", lambda *a: seen.append(torch.are_deterministic_algorithms_enabled()) or original(*a))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(Config(**FIELDS), 0.01, 0, corpus, 2, OPTIONS, deterministic=True)
+        train(Config(**FIELDS), 0.01, 0, corpus, 2, OPTIONS)
+    assert seen == [True, False]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_bad_sizes_are_refused(corpus):
+    with pytest.raises(ValueError, match="at_once=0: must be a positive integer"):
+        train(Config(**FIELDS), 0.01, 0, corpus, 2, OPTIONS, at_once=0)
