@@ -168,7 +168,7 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal, H heads of C each. The scores are scaled by 1 / C: 1 / sqrt(C) would do as well while C is fixed."""
+    """Causal, H heads of C each: softmax(q k^T / C + mask) v. (1 / sqrt(C) would do as well, as long as C is fixed.)"""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -179,14 +179,11 @@ class Attention(nn.Module):
         self.o = weight(config, "attention", lambda c: (c.width, c.width))
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
-        B, T, D = x.shape
-        q = self.split(x @ (self.q_multiplier * self.q)) / self.head_size  # (B, H, T, C)
+        q = self.split(x @ (self.q_multiplier * self.q))  # (B, H, T, C)
         k = self.split(x @ (self.k_multiplier * self.k))
         v = self.split(x @ (self.v_multiplier * self.v))
-        future = torch.full((T, T), -torch.inf, device=x.device, dtype=x.dtype).triu(1)
-        scores = q @ k.transpose(-1, -2) + future  # (B, H, T, T)
-        mixed = torch.softmax(scores, dim=-1) @ v  # (B, H, T, C)
-        return mixed.transpose(1, 2).reshape(B, T, D) @ (self.o_multiplier * self.o)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1 / self.head_size)  # (B, H, T, C)
+        return mixed.transpose(1, 2).flatten(2) @ (self.o_multiplier * self.o)
 
     def split(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, H, T, C)
         return x.unflatten(-1, (self.heads, self.head_size)).transpose(1, 2)

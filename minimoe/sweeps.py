@@ -30,7 +30,7 @@ from .parametrization import Numbers, Parametrization, named_roles, numbers, par
 from .store import FORMAT, RunStore, label
 from .training import TrainOptions, available_device, check_training, finished_runs, planned_size
 
-LRS = tuple(2.0**octave for octave in range(-10, -2))
+LRS = tuple(2.0**octave for octave in range(-9, -2))
 
 
 def sweep(

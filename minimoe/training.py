@@ -39,7 +39,7 @@ class TrainOptions:
     final_lr: float = 0.1  # the cosine's end, as a fraction of the peak
     clip: float | None = None  # largest gradient norm; None: no clipping, which would break the abc symmetry
     evals: int = 10  # records along the way, evenly spaced, the last one at the end
-    eval_batches: int = 8  # fixed validation batches, evenly spaced over the validation text
+    eval_batches: int = 4  # fixed validation batches, evenly spaced over the validation text
     data_seed: int | None = None  # of the data order; None: the run's own seed
 
     def __post_init__(self):
@@ -303,8 +303,11 @@ class SingleRun:
     def __init__(self, models: Sequence[MiniMoE], lrs: Sequence[float], options: TrainOptions):
         (self.model,), (lr,) = models, lrs
         self.options = options
-        groups = self.model.param_groups(lr, options.eps, options.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, betas=options.betas, fused=True)
+        merged: dict[tuple, dict] = {}  # roles with equal numbers: each group costs AdamW a tenth of a millisecond
+        for group in self.model.param_groups(lr, options.eps, options.weight_decay):
+            settings = {name: group[name] for name in ("lr", "eps", "weight_decay")}
+            merged.setdefault(tuple(settings.values()), {"params": [], **settings})["params"] += group["params"]
+        self.optimizer = torch.optim.AdamW(merged.values(), betas=options.betas, fused=True)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
 
     def step(self, batch: Tensor, factor: float) -> Tensor:

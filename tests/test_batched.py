@@ -31,6 +31,7 @@ def tokens(runs, seed=0):
 
 
 @pytest.mark.parametrize("fields", SHAPES)
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_gradients_at_step_0_equal_each_run_alone(fields):
     models = [MiniMoE(config) for config in configs(**fields)]
     batched = BatchedRuns(models, LRS, OPTIONS)

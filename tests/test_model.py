@@ -208,6 +208,32 @@ def test_the_model_is_reproducible_from_its_seed():
     assert not torch.equal(one["tokens"], other["tokens"])
 
 
+def saved_bytes(config, batch):
+    """Bytes that the forward pass keeps for the backward pass, without the parameters."""
+    model, kept = MiniMoE(config), {}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor, so that its address is not used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = model(batch)
+    assert out.logits.requires_grad
+    return sum(size for size, _ in kept.values())
+
+
+def test_memory_grows_with_active_experts_and_not_with_all():
+    batch = tokens(8, 64)
+    few, many = (saved_bytes(Config(width=64, n_experts=experts), batch) for experts in (8, 128))
+    router = 4 * 2 * batch.numel() * (128 - 8)  # one number per token, expert and layer
+    assert many - few < 6 * router  # logits, probabilities and their like
+    assert saved_bytes(Config(width=64, top_k=8), batch) > 1.8 * few
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_it_runs_under_vmap_of_grad_each_run_with_its_own_multipliers():
     models = [MiniMoE(Config(name, 64, seed=seed, granularity=2)) for name in ("sp", "mup") for seed in (0, 1)]
     batch = torch.stack([tokens(4, 17, seed=i) for i in range(4)])

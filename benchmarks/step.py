@@ -1,0 +1,123 @@
+"""One training step against its floor, against transformers' Mixtral, and over granularity.
+
+    python benchmarks/step.py --threads 1 2
+
+Forward + backward + update, float32, 16 sequences of 64 characters, 2 layers, fused AdamW. The floor is the step's matrix
+products, attention and loss, each timed alone, again and again on the same small data, so that everything is in the cache.
+Mixtral has the same width, depth, heads, experts, top-k and active FLOPs (three matrices of 2/3 the size), its balance
+loss on and its experts as `grouped_mm`.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from timing import conditions, interleaved
+from torch.nn import functional as F
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from minimoe import Config, MiniMoE, TrainOptions
+from minimoe.training import SingleRun
+
+B, T, L, V = 16, 64, 2, 96
+SHAPES = [(32, 1), (64, 1), (128, 1), (256, 1), (128, 4)]  # width, granularity; 8 experts, top-2
+
+
+def ours(config: Config):
+    run, batch = SingleRun([MiniMoE(config)], [1e-3], TrainOptions()), torch.randint(V, (1, B, T + 1))
+    return lambda: run.step(batch, 1.0)
+
+
+def mixtral(config: Config):
+    model = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=V,
+            hidden_size=config.width,
+            intermediate_size=round(config.expert_width * 2 / 3 / 4) * 4,
+            num_hidden_layers=L,
+            num_attention_heads=config.width // 16,
+            num_key_value_heads=config.width // 16,
+            head_dim=16,
+            num_local_experts=config.experts,
+            num_experts_per_tok=config.active_experts,
+            max_position_embeddings=T,
+            output_router_logits=True,
+            router_aux_loss_coef=0.01,
+            use_cache=False,
+            sliding_window=None,
+            attn_implementation="sdpa",
+            experts_implementation="grouped_mm",
+        )  # fmt: skip
+    )
+    optimizer, tokens = torch.optim.AdamW(model.parameters(), 1e-3, fused=True), torch.randint(V, (B, T))
+
+    def step():
+        loss = model(input_ids=tokens, labels=tokens).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def floor(config: Config) -> list:
+    """The step's arithmetic, piece by piece: functions to be timed alone, with how often a step does them."""
+    N, D, M, E, S = B * T, config.width, config.expert_width, config.experts, B * T * config.active_experts
+
+    def product(n, d, m):  # forward, and both gradients
+        x, w, g = torch.randn(n, d), torch.randn(d, m), torch.randn(n, m)
+        return lambda: (x @ w, g @ w.T, x.T @ g)
+
+    def experts(d, m):
+        one = product(S // E, d, m)
+        return lambda: [one() for _ in range(E)]
+
+    q, k, v = (torch.randn(B, D // 16, T, 16, requires_grad=True) for _ in range(3))
+    g = torch.randn(B, D // 16, T, 16)
+
+    def attention():
+        torch.autograd.grad(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1 / 16), (q, k, v), g)
+
+    logits, targets = torch.randn(N, V, requires_grad=True), torch.randint(V, (N,))
+
+    def loss():
+        torch.autograd.grad(F.cross_entropy(logits, targets), logits)
+
+    return [
+        (product(N, D, D), 4 * L), (product(N, D, E), L), (experts(D, M), L), (experts(M, D), L), (attention, L),
+        (product(N, D, V), 1), (loss, 1),
+    ]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1])
+    parser.add_argument("--repeats", type=int, default=25)
+    options = parser.parse_args()
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        print(f"\n{conditions()}\n\n| width, E, k, G | ms | floor, ms | over the floor | Mixtral, ms | Mixtral over ours |")
+        print("|---|---|---|---|---|---|")
+        for width, granularity in SHAPES:
+            config = Config(width=width, granularity=granularity)
+            pieces = floor(config)
+            contenders = {"ours": ours(config), "mixtral": mixtral(config)}
+            contenders |= {f"piece {i}": piece for i, (piece, _) in enumerate(pieces)}
+            took = interleaved(contenders, options.repeats)
+            least = sum(count * took[f"piece {i}"] for i, (_, count) in enumerate(pieces))
+            row = [f"{width}, 8, 2, {granularity}", f"{1e3 * took['ours']:.1f}", f"{1e3 * least:.1f}"]
+            row += [f"{took['ours'] / least:.2f}", f"{1e3 * took['mixtral']:.1f}", f"{took['mixtral'] / took['ours']:.2f}"]
+            print("| " + " | ".join(row) + " |", flush=True)
+        print(
+            "\n| width | "
+            + " | ".join(f"G={g}" for g in (1, 2, 4, 8))
+            + " | (time of a step over that at G=1)\n|---|---|---|---|---|"
+        )
+        for width in (128, 256):
+            took = interleaved({g: ours(Config(width=width, granularity=g)) for g in (1, 2, 4, 8)}, options.repeats)
+            print(f"| {width} | " + " | ".join(f"{took[g] / took[1]:.2f}" for g in (1, 2, 4, 8)) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
