@@ -25,7 +25,7 @@ def main() -> None:
     for runs in (1, 9, 27):
         lrs = [2.0 ** (-9 + 6 * i / runs) for i in range(runs)]
         times = []
-        for repeat in range(4):
+        for _ in range(4):
             start = time.perf_counter()
             train(Config("mup", 128), lrs, 0, corpus, 200, device="cuda", at_once=runs)
             torch.cuda.synchronize()

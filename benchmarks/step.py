@@ -48,7 +48,7 @@ def mixtral(config: Config):
             sliding_window=None,
             attn_implementation="sdpa",
             experts_implementation="grouped_mm",
-        )  # fmt: skip
+        )
     )
     optimizer, tokens = torch.optim.AdamW(model.parameters(), 1e-3, fused=True), torch.randint(V, (B, T))
 

@@ -19,6 +19,12 @@ from filelock import FileLock
 FORMAT = 1  # raise it when a change of the code changes what a run's numbers are: older lines then count as other runs
 
 
+class StoreError(OSError):
+    """The store could not be written while a sweep was running; `frame` holds every run that had finished."""
+
+    frame = None  # the data frame that `sweep` would have returned, as far as it had come
+
+
 class RunStore:
     """A JSON-lines file. Every line is a cell, a dict with `format`, `key` (its run's identity), `config`, `lr` and
     `corpus`; one cell of each run carries the results too, `history` among them."""
@@ -37,7 +43,7 @@ class RunStore:
             raise OSError(f"the run store {self.path} cannot be written: {error}") from error
 
     def append(self, cell: dict) -> None:
-        """Add one line and wait until it is on the disk. Raises OSError naming the path if it cannot be written."""
+        """Add one line and wait until it is on the disk. Raises StoreError naming the path if it cannot be written."""
         line = json.dumps(_without_infinities(cell), allow_nan=False).encode() + b"\n"
         try:
             with self._lock, open(self.path, "a+b") as file:
@@ -46,7 +52,7 @@ class RunStore:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise OSError(f"the run store {self.path} cannot be written: {error}") from error
+            raise StoreError(f"the run store {self.path} cannot be written any more: {error}") from error
 
     def load(self) -> tuple[dict[str, dict], list[dict]]:
         """(key -> the line with the run's results, every distinct cell in order), without lines of another format.

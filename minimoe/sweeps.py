@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from .corpus import Corpus, load_corpus
 from .model import BASED, Config, MiniMoE, config_from_dict, config_to_dict
 from .parametrization import Numbers, Parametrization, named_roles, numbers, parametrization, require_distinct_names
-from .store import FORMAT, RunStore, label
+from .store import FORMAT, RunStore, StoreError, label
 from .training import TrainOptions, available_device, check_training, finished_runs, planned_size
 
 LRS = tuple(2.0**octave for octave in range(-9, -2))
@@ -63,8 +63,11 @@ def sweep(
 
     Columns: every Config field (parametrization by its name), lr, steps, train_loss and val_loss (nats per character;
     infinite if the run diverged), diverged, seconds, corpus, corpus_digest, key (the run's identity) and history (the
-    records along the way, see `training.record`). Raises ValueError or TypeError, before any training, for bad input;
-    KeyboardInterrupt on Ctrl-C, after saying how to go on.
+    records along the way, see `training.record`), and every field of TrainOptions.
+
+    Raises ValueError or TypeError, before any training, for bad input; OSError for a store that cannot be written, before
+    training, and StoreError, which carries every finished run, if that happens later; KeyboardInterrupt on Ctrl-C and
+    RuntimeError when a worker dies, both saying how to go on.
     """
     corpus, device = load_corpus(corpus), available_device(device)
     configs = grid(widths, parametrizations, lrs, seeds, corpus.vocab_size, config_fields)
@@ -73,18 +76,27 @@ def sweep(
     store = None if store is None else RunStore(store)
     runs, missing = _divided(cells, configs, store)
     parts = _parts(sorted(missing, key=_cost, reverse=True), options, device)  # the longest first
-    jobs = [(part, corpus, device, deterministic) for part in parts]
-    n_jobs = min(n_jobs or joblib.cpu_count(), len(jobs)) if device.type == "cpu" else 1
+    n_jobs = min(n_jobs or joblib.cpu_count(), len(parts)) if device.type == "cpu" else 1
+    jobs = ((part, corpus, device, deterministic) for part in _still_missing(parts, store))
+
+    def frame() -> pd.DataFrame:
+        rows = zip(cells, configs, strict=True)
+        return pd.DataFrame([_row(cell, config, runs[cell["key"]]) for cell, (config, _) in rows if cell["key"] in runs])
+
     try:
         for run in _with_progress(_executed(jobs, n_jobs, backend, address), missing, progress):
+            runs[run["key"]] = run
             if store is not None:
                 store.append(run)
-            runs[run["key"]] = run
+        if store is not None:
+            runs |= store.load()[0]  # another sweep may have trained some of them
+            _append_missing_labels(cells, store)
+    except StoreError as error:
+        error.frame = frame()
+        raise
     except (KeyboardInterrupt, TerminatedWorkerError) as stop:
         raise _stopped(stop, len(missing), sum(cell["key"] in runs for cell in missing), store) from None
-    if store is not None:
-        _append_missing_labels(cells, store)
-    return pd.DataFrame([_row(cell, config, runs[cell["key"]]) for cell, (config, _) in zip(cells, configs, strict=True)])
+    return frame()
 
 
 def read_sweep(path: str | os.PathLike) -> pd.DataFrame:
@@ -239,27 +251,39 @@ def _parts(cells: list[dict], options: TrainOptions, device: torch.device) -> li
     return parts
 
 
-def _executed(jobs: list[tuple], n_jobs: int, backend: str, address: str | None) -> Iterator[dict]:
-    """The finished runs, as they finish."""
+def _still_missing(parts: list[list[dict]], store: RunStore | None) -> Iterator[list[dict]]:
+    """The parts, each without the runs that another sweep has put into the store by the time it is asked for."""
+    for part in parts:
+        known = {} if store is None else store.load()[0]
+        if wanted := [cell for cell in part if cell["key"] not in known]:
+            yield wanted
+
+
+def _executed(jobs: Iterator[tuple], n_jobs: int, backend: str, address: str | None) -> Iterator[dict]:
+    """The finished runs, as they finish. Jobs are asked for no earlier than there is somebody to do them."""
     if backend == "loky" and n_jobs <= 1:
         for job in jobs:
             yield from finished_runs(*job)
         return
-    with _parallel_backend(backend, address, n_jobs), _workers_ignore_ctrl_c():
+    with _workers(backend, address, n_jobs):
         # batch_size=1: a finished run reaches the store at once, not when its neighbours have finished too
-        pool = joblib.Parallel(n_jobs, batch_size=1, return_as="generator_unordered")
-        results = pool(joblib.delayed(finished_runs)(*job) for job in jobs)
-    try:
-        for runs in results:
-            yield from runs
-    finally:
-        results.close()
+        pool = joblib.Parallel(n_jobs, batch_size=1, pre_dispatch="n_jobs", return_as="generator_unordered")
+        with _workers_ignore_ctrl_c():
+            results = pool(joblib.delayed(finished_runs)(*job) for job in jobs)
+        try:
+            for runs in results:
+                yield from runs
+        finally:
+            results.close()
 
 
-def _parallel_backend(backend: str, address: str | None, n_jobs: int):
-    """The joblib configuration. Raises ValueError for an unknown backend, or a cluster that is not there."""
+@contextmanager
+def _workers(backend: str, address: str | None, n_jobs: int) -> Iterator[None]:
+    """joblib's configuration inside. Raises ValueError for an unknown backend, or a cluster that is not there."""
     if backend == "loky":
-        return joblib.parallel_config("loky", n_jobs=n_jobs, inner_max_num_threads=1)
+        with joblib.parallel_config("loky", n_jobs=n_jobs, inner_max_num_threads=1):
+            yield
+        return
     if backend != "dask":
         raise ValueError(f"backend={backend!r}: must be loky (this machine) or dask (a cluster)")
     try:
@@ -267,11 +291,16 @@ def _parallel_backend(backend: str, address: str | None, n_jobs: int):
     except ImportError as error:
         raise ValueError("backend='dask' needs Dask: pip install 'minimoe[cluster]'") from error
     try:
-        client = Client(address, set_as_default=False) if address else get_client()
+        client = Client(address, set_as_default=False, timeout=10) if address else get_client()
     except (OSError, ValueError) as error:
         advice = "start one with `dask scheduler` and give its address, e.g. address='tcp://127.0.0.1:8786'"
         raise ValueError(f"no Dask scheduler at {address or 'hand'}: {advice}") from error
-    return joblib.parallel_config("dask", n_jobs=-1, client=client)
+    try:
+        with joblib.parallel_config("dask", n_jobs=-1, client=client):
+            yield
+    finally:
+        if address:
+            client.close()
 
 
 @contextmanager

@@ -1,0 +1,196 @@
+"""Nothing is lost: kills at random moments, sweeps side by side, a disk that fills, a cluster that loses a worker."""
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+
+from minimoe import TrainOptions, read_sweep, sweep, sweeps
+from minimoe.store import StoreError
+
+GRID = {"widths": (32, 64), "parametrizations": ("sp", "mup"), "lrs": (0.005, 0.01, 0.02), "seeds": (0, 1)}
+RUNS = 18  # 6 at the base width, 2 x 6 at width 64
+TINY = {"steps": 12, "depth": 1, "n_experts": 4, "context": 16, "n_jobs": 1, "progress": False, "device": "cpu",
+        "options": TrainOptions(batch_size=4, eval_batches=1)}  # fmt: skip
+ORDER = ["parametrization", "width", "lr", "seed"]
+
+
+def keys_in(store):
+    return [json.loads(line)["key"] for line in store.read_text().splitlines() if '"history"' in line]
+
+
+def assert_same(one, two):
+    one, two = (frame.sort_values(ORDER, ignore_index=True).drop(columns="seconds") for frame in (one, two))
+    pd.testing.assert_frame_equal(one, two)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus):
+    return sweep(**GRID, **TINY, corpus=corpus)
+
+
+def logged_sweep(log, store, corpus):
+    """The sweep, writing down the key of each run whose training it begins."""
+    original = sweeps.finished_runs
+
+    def logging(cells, *rest):
+        with open(log, "a") as file:
+            file.write("".join(cell["key"] + "\n" for cell in cells))
+        return original(cells, *rest)
+
+    sweeps.finished_runs = logging
+    sweep(**GRID, **TINY, corpus=corpus, store=store)
+
+
+def started(*arguments):
+    process = multiprocessing.get_context("fork").Process(target=logged_sweep, args=arguments)
+    process.start()
+    return process
+
+
+@pytest.mark.filterwarnings("ignore:.*the last line was torn")
+def test_killed_many_times_at_random_moments(corpus, tmp_path, uninterrupted):
+    store, log, draw, kills = tmp_path / "runs.jsonl", tmp_path / "log", random.Random(0), 0
+    for _ in range(200):
+        done = set(keys_in(store)) if store.exists() else set()
+        begun = len(log.read_text().splitlines()) if log.exists() else 0
+        process = started(log, store, corpus)
+        process.join(draw.uniform(0.01, 0.1))
+        if process.is_alive():
+            process.kill()
+            process.join()
+            kills += 1
+        assert not done & set(log.read_text().splitlines()[begun:] if log.exists() else ())  # no finished run again
+        if process.exitcode == 0:
+            break
+    print(f"{kills} kills, {len(log.read_text().splitlines())} runs begun, {RUNS} finished")
+    assert kills >= 10
+    assert process.exitcode == 0
+    assert len(keys_in(store)) == len(set(keys_in(store))) == RUNS
+    assert_same(read_sweep(store), uninterrupted)
+
+
+def test_two_sweeps_write_one_store_at_the_same_time(corpus, tmp_path, uninterrupted):
+    store, logs = tmp_path / "runs.jsonl", [tmp_path / "one", tmp_path / "two"]
+    processes = [started(log, store, corpus) for log in logs]
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    begun = [log.read_text().splitlines() for log in logs]
+    assert set(begun[0]) | set(begun[1]) == set(keys_in(store))
+    assert len(begun[0]) + len(begun[1]) < 2 * RUNS  # what the one had finished, the other skipped
+    assert_same(read_sweep(store), uninterrupted)  # nothing lost, nothing interleaved, duplicates collapsed
+
+
+def test_a_run_that_comes_into_the_store_meanwhile_is_skipped(corpus, tmp_path, monkeypatch):
+    """A second sweep finishes the whole grid while the first trains its first run."""
+    store, original, begun = tmp_path / "runs.jsonl", sweeps.finished_runs, []
+
+    def overtaken(cells, *rest):
+        begun.append(cells[0]["key"])
+        if len(begun) == 1:
+            monkeypatch.setattr(sweeps, "finished_runs", original)
+            sweep(**GRID, **TINY, corpus=corpus, store=store)
+            monkeypatch.setattr(sweeps, "finished_runs", overtaken)
+        return original(cells, *rest)
+
+    monkeypatch.setattr(sweeps, "finished_runs", overtaken)
+    frame = sweep(**GRID, **TINY, corpus=corpus, store=store)
+    assert len(begun) == 1
+    assert len(frame) == 24
+
+
+def full_disk(store, corpus, queue):
+    """The sweep on a disk that takes some 20 kB: the operating system's own limit on a file's size."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    try:
+        sweep(**GRID, **TINY, corpus=corpus, store=store)
+    except StoreError as error:
+        queue.put((str(error), error.frame[[*ORDER, "val_loss"]].to_dict("records")))
+
+
+@pytest.mark.filterwarnings("ignore:.*the last line was torn")
+def test_a_disk_that_fills_stops_the_sweep_and_loses_nothing(corpus, tmp_path, uninterrupted):
+    store, context = tmp_path / "runs.jsonl", multiprocessing.get_context("fork")
+    queue = context.Queue()
+    process = context.Process(target=full_disk, args=(store, corpus, queue))
+    process.start()
+    message, carried = queue.get(timeout=60)
+    process.join()
+    assert str(store) in message
+    assert "cannot be written any more" in message
+    expected = uninterrupted.set_index(ORDER).val_loss
+    assert {expected[tuple(row[name] for name in ORDER)] == row["val_loss"] for row in carried} == {True}
+    kept = [line for line in store.read_bytes().split(b"\n")[:-1] if b'"history"' in line]
+    assert len({json.loads(line)["key"] for line in kept}) + 1 == len({row["val_loss"] for row in carried})  # one unsaved
+    sweep(**GRID, **TINY, corpus=corpus, store=store)  # there is room again
+    assert_same(read_sweep(store), uninterrupted)
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """A real scheduler and two worker processes on this machine: (address, workers)."""
+    pytest.importorskip("distributed")
+    file = tmp_path / "scheduler.json"
+    base = [sys.executable, "-m", "dask"]
+    common = ["--scheduler-file", str(file), "--no-dashboard"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": tmp_path}
+    scheduler = subprocess.Popen([*base, "scheduler", "--host", "127.0.0.1", "--port", "0", *common], **quiet)
+    worker = [*base, "worker", "--nthreads", "1", "--no-nanny", "--host", "127.0.0.1", *common]
+    workers = [subprocess.Popen(worker, **quiet) for _ in range(2)]
+    wait_until(file.exists)
+    yield json.loads(file.read_text())["address"], workers
+    for process in (*workers, scheduler):
+        process.kill()
+        process.wait()
+
+
+def wait_until(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
+def workers_of(address):
+    from distributed import Client
+
+    with Client(address, set_as_default=False) as client:
+        return len(client.scheduler_info()["workers"])
+
+
+def test_a_cluster_that_loses_a_worker_delivers_every_run_once(corpus, tmp_path, cluster, uninterrupted):
+    address, workers = cluster
+    wait_until(lambda: workers_of(address) == 2)
+    store = tmp_path / "runs.jsonl"
+    killed = []
+    original = sweeps.RunStore.append
+
+    def append(self, cell):
+        original(self, cell)
+        if "history" in cell and len(keys_in(store)) == 4:
+            os.kill(workers[0].pid, signal.SIGKILL)
+            killed.append(cell["key"])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweeps.RunStore, "append", append)
+        frame = sweep(**GRID, **TINY, corpus=corpus, store=store, backend="dask", address=address)
+    assert len(killed) == 1
+    assert workers[0].wait(timeout=10) == -signal.SIGKILL
+    assert len(keys_in(store)) == len(set(keys_in(store))) == RUNS
+    assert_same(frame, uninterrupted)
+
+
+def test_a_cluster_that_is_not_there_is_one_clear_error(corpus):
+    with pytest.raises(ValueError, match=r"no Dask scheduler at tcp://127.0.0.1:1: start one with `dask scheduler`"):
+        sweep(**GRID, **TINY, corpus=corpus, backend="dask", address="tcp://127.0.0.1:1")
+    with pytest.raises(ValueError, match="backend='slurm': must be loky"):
+        sweep(**GRID, **TINY, corpus=corpus, backend="slurm")
