@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 
-from .model import MiniMoE
+from .grouped import BLOCK
+from .model import Config, MiniMoE
 from .parametrization import named_roles, numbers
 from .training import TrainOptions, losses, measured
 
@@ -105,19 +106,17 @@ def _quiet_fallback() -> Iterator[None]:
         yield
 
 
-def memory_per_run(config, options: TrainOptions) -> int:
-    """About the bytes that one run of a batched program needs at its peak, from above: weights and what a step keeps.
-
-    Weights stand eight times (themselves, Adam's two, gradient, LR, eps, decay, a temporary); activations are counted per
-    token and layer, each with its gradient, and so are the rows that the experts' blocks pad.
-    """
+def memory_per_run(config: Config, options: TrainOptions) -> int:
+    """The bytes that one run of a batched program needs at its peak, estimated from above (its test tracks a step)."""
     with torch.device("meta"):
-        model = MiniMoE(config)
-    parameters = sum(p.numel() for p in model.parameters())
-    slots, heads = config.active_experts, config.width // config.head_size
-    per_token = config.depth * (
-        20 * config.width + 4 * heads * config.context + slots * (4 * config.width + 8 * config.expert_width)
-    )
-    per_token += config.depth * 8 * config.experts + 6 * config.vocab_size
-    tokens = options.batch_size * config.context
-    return 4 * (8 * parameters + 2 * tokens * per_token)
+        parameters = sum(p.numel() for p in MiniMoE(config).parameters())
+    # weights twice, Adam's two, LR, eps, decay; gradients, apart and together; the update's temporaries; W times multiplier
+    weights = 14 * parameters
+    tokens, heads = options.batch_size * config.context, config.width // config.head_size
+    slots = tokens * config.active_experts
+    rows = slots + config.experts * BLOCK  # padded
+    columns = config.expert_width * (2 if config.activation == "swiglu" else 1)
+    kept = tokens * (16 * config.width + 4 * config.experts) + slots * (columns + 8)  # by each layer, for the backward pass
+    passing = rows * (4 * config.width + 6 * columns) + 2 * tokens * heads * config.context  # while one layer is at work
+    passing += 3 * (slots // BLOCK + config.experts) * config.width * columns  # the weights of each block
+    return 4 * (weights + config.depth * kept + passing + tokens * 6 * config.vocab_size)

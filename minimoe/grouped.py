@@ -1,4 +1,4 @@
-"""The experts' arithmetic: many feed-forward networks, each on rows of its own, in one differentiable call.
+"""The experts' arithmetic: many feed-forward networks, each on rows of its own, in one differentiable call; and attention.
 
 Letters: R runs, N tokens, D width, E experts, K active experts per token, S = N*K rows sorted by expert, M hidden size of
 one expert (the up projection has 2M columns for swiglu).
@@ -16,7 +16,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 BLOCK = 32  # rows of a block on a GPU
@@ -88,7 +87,6 @@ class _MixtureGradient(Function):
         pass
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads):
         raise NotImplementedError("expert_mixture is differentiable once")
 
@@ -99,6 +97,59 @@ class _MixtureGradient(Function):
         d_x, d_gate, d_up, d_down = _MixtureGradient.apply(grad.flatten(0, 1), *folded, pre.flatten(0, 1), activation)
         like = zip((d_x, d_gate, d_up, d_down), (x, gate, up, down), strict=True)
         return tuple(d.unflatten(0, tensor.shape[:2]) for d, tensor in like), (0, 0, 0, 0)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """(B, H, T, C) each -> (B, H, T, C): causal attention, softmax(scale * q k^T + mask) v, by torch's own kernels."""
+    if q.device.type == "cpu":
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    return _Attention.apply(q, k, v, scale)
+
+
+class _Attention(Function):
+    """The same with vmap rules: runs are more sequences. (torch has no batching rule for the kernels' backward pass, on
+    any device, and would launch them run by run.) The backward pass computes the forward one again."""
+
+    @staticmethod
+    def forward(q, k, v, scale):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.scale = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *_AttentionGradient.apply(grad, *ctx.saved_tensors, ctx.scale), None
+
+    @staticmethod
+    def vmap(info, in_dims, q, k, v, scale):
+        q, k, v = _batched(info, in_dims, q, k, v)
+        return _Attention.apply(*(x.flatten(0, 1) for x in (q, k, v)), scale).unflatten(0, q.shape[:2]), 0
+
+
+class _AttentionGradient(Function):
+    @staticmethod
+    def forward(grad, q, k, v, scale):
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+            out = F.scaled_dot_product_attention(*inputs, is_causal=True, scale=scale)
+            return torch.autograd.grad(out, inputs, grad)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError("attention is differentiable once here")
+
+    @staticmethod
+    def vmap(info, in_dims, grad, q, k, v, scale):
+        grad, q, k, v = _batched(info, in_dims, grad, q, k, v)
+        gradients = _AttentionGradient.apply(*(x.flatten(0, 1) for x in (grad, q, k, v)), scale)
+        return tuple(x.unflatten(0, q.shape[:2]) for x in gradients), (0, 0, 0)
 
 
 def _forward_in_turn(x, token, gate, counts, up, down, activation):

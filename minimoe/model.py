@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .grouped import activated, expert_mixture
+from .grouped import activated, attention, expert_mixture
 from .parametrization import Parametrization, RoleParameter, initialise, param_groups, parameter, parametrization
 
 ACTIVATIONS = ("relu", "gelu", "swiglu")
@@ -182,7 +182,7 @@ class Attention(nn.Module):
         q = self.split(x @ (self.q_multiplier * self.q))  # (B, H, T, C)
         k = self.split(x @ (self.k_multiplier * self.k))
         v = self.split(x @ (self.v_multiplier * self.v))
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1 / self.head_size)  # (B, H, T, C)
+        mixed = attention(q, k, v, scale=1 / self.head_size)  # (B, H, T, C)
         return mixed.transpose(1, 2).flatten(2) @ (self.o_multiplier * self.o)
 
     def split(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, H, T, C)

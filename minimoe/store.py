@@ -11,12 +11,15 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 import warnings
 from pathlib import Path
 
 from filelock import FileLock
 
-FORMAT = 1  # raise it when a change of the code changes what a run's numbers are: older lines then count as other runs
+from .model import config_from_dict
+
+FORMAT = 2  # raise it when a change of the code changes what a run's numbers are: older lines then count as other runs
 
 
 class StoreError(OSError):
@@ -25,13 +28,21 @@ class StoreError(OSError):
     frame = None  # the data frame that `sweep` would have returned, as far as it had come
 
 
+LABELS = {"key", "format", "config", "lr", "steps", "options", "corpus", "corpus_digest"}
+RESULTS = {"train_loss", "val_loss", "diverged", "seconds", "history"}
+
+
 class RunStore:
-    """A JSON-lines file. Every line is a cell, a dict with `format`, `key` (its run's identity), `config`, `lr` and
-    `corpus`; one cell of each run carries the results too, `history` among them."""
+    """A JSON-lines file. Every line is a cell: `format`, `key` (its run's identity) and its labels; one cell of each run
+    carries the results too, `history` among them."""
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         self._lock = FileLock(f"{self.path}.lock")
+        self._reading = threading.Lock()
+        self._read, self._lines = 0, 0  # how far the file has been read
+        self._runs: dict[str, dict] = {}
+        self._cells: dict[str, dict] = {}
 
     def prepare(self) -> None:
         """Make the folder and the file, and cut off a torn last line. Raises OSError naming the path if that fails."""
@@ -39,7 +50,8 @@ class RunStore:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self._lock, open(self.path, "a+b") as file:
                 _cut_torn_line(file, self.path)
-        except OSError as error:
+            _sync_folder(self.path.parent)
+        except (OSError, NotImplementedError) as error:  # the second: a file system without locks
             raise OSError(f"the run store {self.path} cannot be written: {error}") from error
 
     def append(self, cell: dict) -> None:
@@ -57,20 +69,38 @@ class RunStore:
     def load(self) -> tuple[dict[str, dict], list[dict]]:
         """(key -> the line with the run's results, every distinct cell in order), without lines of another format.
 
-        Raises ValueError naming a damaged line by its number.
+        Called again, it reads only what has been added. Raises ValueError naming a damaged line by its number.
         """
-        data = self.path.read_bytes() if self.path.exists() else b""
-        whole = data[: data.rfind(b"\n") + 1]  # another sweep may be writing the rest just now
-        runs: dict[str, dict] = {}
-        cells: dict[str, dict] = {}
-        for number, line in enumerate(whole.splitlines(), start=1):
-            cell = _parsed(line, number, self.path)
-            if cell["format"] != FORMAT:
-                continue
-            if "history" in cell:
-                runs.setdefault(cell["key"], cell)
-            cells.setdefault(label(cell), cell)
-        return runs, [cell for cell in cells.values() if cell["key"] in runs]
+        with self._reading:
+            for line in self._new_lines():
+                self._lines += 1
+                cell = _parsed(line, self._lines, self.path)
+                if cell["format"] == FORMAT:
+                    if "history" in cell:
+                        self._runs.setdefault(cell["key"], cell)
+                    self._cells.setdefault(label(cell), cell)
+            return dict(self._runs), [cell for cell in self._cells.values() if cell["key"] in self._runs]
+
+    def _new_lines(self) -> list[bytes]:
+        """The whole lines since the last call: of the last one, another sweep may just be writing the first half."""
+        if not self.path.exists():
+            return []
+        with open(self.path, "rb") as file:
+            file.seek(self._read)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self._read += len(whole)
+        return whole.splitlines()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Let a new file's name survive a power cut too, where the system can."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(folder, os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def label(cell: dict) -> str:
@@ -81,9 +111,14 @@ def label(cell: dict) -> str:
 def _parsed(line: bytes, number: int, path: Path) -> dict:
     try:
         cell = json.loads(line)
-        if not isinstance(cell, dict) or not {"key", "format", "config", "lr", "corpus"} <= set(cell):
+        if not isinstance(cell, dict) or not {"key", "format"} <= set(cell):
             raise ValueError("it is not a run")
-    except ValueError as error:
+        missing = LABELS | (RESULTS if "history" in cell else set())
+        if cell["format"] == FORMAT and not missing <= set(cell):
+            raise ValueError(f"it lacks {', '.join(sorted(missing - set(cell)))}")
+        if cell["format"] == FORMAT:
+            config_from_dict(cell["config"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}, line {number} is damaged ({error}): mend or delete that line") from error
     return cell
 

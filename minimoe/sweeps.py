@@ -26,10 +26,19 @@ from tqdm.auto import tqdm
 
 from .corpus import Corpus, load_corpus
 from .model import BASED, Config, MiniMoE, config_from_dict, config_to_dict
-from .parametrization import Numbers, Parametrization, named_roles, numbers, parametrization, require_distinct_names
+from .parametrization import (
+    PARAMETRIZATIONS,
+    Numbers,
+    Parametrization,
+    named_roles,
+    numbers,
+    parametrization,
+    require_distinct_names,
+)
 from .store import FORMAT, RunStore, StoreError, label
-from .training import TrainOptions, available_device, check_training, finished_runs, planned_size
+from .training import TrainOptions, available_device, check_training, finished_runs, parts_of_one_shape, whole
 
+WAIT_FOR_WORKERS = 600  # seconds that a cluster has to bring up its first worker
 LRS = tuple(2.0**octave for octave in range(-9, -2))
 
 
@@ -58,8 +67,8 @@ def sweep(
 
     Where: on a GPU (the default device, when there is one), in this process, as many runs of one shape at once as its
     memory holds. On a CPU, in n_jobs processes (default: one per core) of one thread, each with one run. With
-    backend="dask", on the workers of the cluster whose scheduler is at `address` (default: the current client), this
-    process writing the store.
+    backend="dask", on the workers of the cluster whose scheduler is at `address` (default: the current client), one run
+    after the other on each, on their CPUs unless a device is given, this process writing the store.
 
     Columns: every Config field (parametrization by its name), lr, steps, train_loss and val_loss (nats per character;
     infinite if the run diverged), diverged, seconds, corpus, corpus_digest, key (the run's identity) and history (the
@@ -69,34 +78,43 @@ def sweep(
     training, and StoreError, which carries every finished run, if that happens later; KeyboardInterrupt on Ctrl-C and
     RuntimeError when a worker dies, both saying how to go on.
     """
-    corpus, device = load_corpus(corpus), available_device(device)
+    if n_jobs is not None and not whole(n_jobs, 1):
+        raise ValueError(f"n_jobs={n_jobs!r}: must be a positive integer or None")
+    if address is not None and backend != "dask":
+        raise ValueError(f"address={address!r}: goes with backend='dask'")
+    corpus = load_corpus(corpus)
+    device = torch.device(device or "cpu") if backend == "dask" else available_device(device)
     configs = grid(widths, parametrizations, lrs, seeds, corpus.vocab_size, config_fields)
     steps = check_training(configs, corpus, steps)
     cells = [_cell(config, lr, steps, options, corpus) for config, lr in configs]
     store = None if store is None else RunStore(store)
     runs, missing = _divided(cells, configs, store)
-    parts = _parts(sorted(missing, key=_cost, reverse=True), options, device)  # the longest first
-    n_jobs = min(n_jobs or joblib.cpu_count(), len(parts)) if device.type == "cpu" else 1
-    jobs = ((part, corpus, device, deterministic) for part in _still_missing(parts, store))
-
-    def frame() -> pd.DataFrame:
-        rows = zip(cells, configs, strict=True)
-        return pd.DataFrame([_row(cell, config, runs[cell["key"]]) for cell, (config, _) in rows if cell["key"] in runs])
-
+    n_jobs = min(n_jobs or joblib.cpu_count(), len(missing)) if device.type == "cpu" else 1
+    jobs = ((part, corpus, device, deterministic) for part in _parts(missing, options, device, backend, store))
     try:
-        for run in _with_progress(_executed(jobs, n_jobs, backend, address), missing, progress):
-            runs[run["key"]] = run
+        if store is not None:
+            _append_labels(cells, runs, store)
+        for finished in _with_progress(_executed(jobs, n_jobs, backend, address), missing, progress):
+            runs |= {run["key"]: run for run in finished}
             if store is not None:
-                store.append(run)
+                for run in finished:
+                    store.append(run)
+                _append_labels(cells, {run["key"]: run for run in finished}, store)
         if store is not None:
             runs |= store.load()[0]  # another sweep may have trained some of them
-            _append_missing_labels(cells, store)
+            _append_labels(cells, runs, store)
     except StoreError as error:
-        error.frame = frame()
+        error.frame = _frame(cells, configs, runs)
         raise
-    except (KeyboardInterrupt, TerminatedWorkerError) as stop:
+    except (KeyboardInterrupt, _WorkerDied) as stop:
         raise _stopped(stop, len(missing), sum(cell["key"] in runs for cell in missing), store) from None
-    return frame()
+    return _frame(cells, configs, runs)
+
+
+def _frame(cells: list[dict], configs: list[tuple], runs: dict[str, dict]) -> pd.DataFrame:
+    """A row for each cell whose run has finished."""
+    rows = zip(cells, configs, strict=True)
+    return pd.DataFrame([_row(cell, config, runs[cell["key"]]) for cell, (config, _) in rows if cell["key"] in runs])
 
 
 def read_sweep(path: str | os.PathLike) -> pd.DataFrame:
@@ -111,6 +129,15 @@ def read_sweep(path: str | os.PathLike) -> pd.DataFrame:
         raise ValueError(f"{path} holds no runs of format {FORMAT}")
     rows = [(cell, config_from_dict(cell["config"])) for cell in cells]
     require_distinct_names(config.parametrization for _, config in rows)
+    built_in = list(PARAMETRIZATIONS)
+
+    def order(row: tuple[dict, Config]) -> tuple:  # that of finishing is chance
+        cell, config = row
+        name = config.parametrization.name
+        known = built_in.index(name) if name in built_in else len(built_in)
+        return known, name, config.width, cell["lr"], config.seed
+
+    rows.sort(key=order)
     return pd.DataFrame([_row(cell, config, runs[cell["key"]]) for cell, config in rows])
 
 
@@ -196,11 +223,11 @@ def _divided(cells: list[dict], configs: list[tuple], store: RunStore | None) ->
     return runs, [cell for key, cell in first.items() if key not in runs]
 
 
-def _append_missing_labels(cells: list[dict], store: RunStore) -> None:
-    """Let the store know of the cells that are runs it already had."""
+def _append_labels(cells: list[dict], runs: dict[str, dict], store: RunStore) -> None:
+    """Let the store know of the cells that are one of these runs, where it does not yet."""
     known = {label(cell) for cell in store.load()[1]}
     for cell in cells:
-        if label(cell) not in known:
+        if cell["key"] in runs and label(cell) not in known:
             store.append(cell)
 
 
@@ -216,18 +243,17 @@ def _stopped(stop: BaseException, runs: int, done: int, store: RunStore | None) 
     return RuntimeError(f"a worker process died, perhaps for lack of memory; {kept}, with fewer n_jobs if need be")
 
 
-def _with_progress(finished: Iterator[dict], missing: list[dict], progress: bool) -> Iterator[dict]:
-    """The same runs, with a bar whose estimate weighs each run by its cost."""
-    cost = {cell["key"]: _cost(cell) for cell in missing}
+def _with_progress(finished: Iterator[list[dict]], missing: list[dict], progress: bool) -> Iterator[list[dict]]:
+    """The same lists of runs, with a bar whose estimate weighs each run by its cost."""
+    cost, done = {cell["key"]: _cost(cell) for cell in missing}, 0
     bar_format = "{desc} {percentage:3.0f}%|{bar}| {elapsed} elapsed, about {remaining} left"
     with tqdm(total=sum(cost.values()), bar_format=bar_format, disable=not (progress and missing), smoothing=0) as bar:
-        for done in range(len(missing) + 1):
-            bar.set_description_str(f"run {done} of {len(missing)}")
-            run = next(finished, None)
-            if run is None:
-                return
-            yield run
-            bar.update(cost[run["key"]])
+        bar.set_description_str(f"run 0 of {len(missing)}")
+        for runs in finished:
+            yield runs
+            done += len(runs)
+            bar.set_description_str(f"run {done} of {len(missing)}", refresh=False)
+            bar.update(sum(cost[run["key"]] for run in runs))
 
 
 def _cost(cell: dict) -> float:
@@ -239,47 +265,59 @@ def _cost(cell: dict) -> float:
     return tokens * (c.depth * (experts + attention + 30_000) + c.width * c.vocab_size)
 
 
-def _parts(cells: list[dict], options: TrainOptions, device: torch.device) -> list[list[dict]]:
-    """The cells of each batched program: one, or on a GPU as many of one shape as its memory holds."""
-    groups: dict[tuple, list[dict]] = {}
-    for cell in cells:
-        groups.setdefault(tuple(config_from_dict(cell["config"]).shape.items()), []).append(cell)
-    parts = []
-    for group in groups.values():
-        size = planned_size(config_from_dict(group[0]["config"]), options, device)
-        parts += [group[i : i + size] for i in range(0, len(group), size)]
-    return parts
+class _WorkerDied(Exception):
+    """A process that trained was ended from outside."""
 
 
-def _still_missing(parts: list[list[dict]], store: RunStore | None) -> Iterator[list[dict]]:
-    """The parts, each without the runs that another sweep has put into the store by the time it is asked for."""
+def _parts(missing: list[dict], options: TrainOptions, device, backend: str, store: RunStore | None) -> Iterator[list[dict]]:
+    """The cells of each batched program, the longest first; a run that another sweep has put into the store by the time
+    it is asked for is left out.
+
+    Runs of equal length come in an order of this process's own: two sweeps on one store then seldom train the same one.
+    """
+
+    def turn(cell: dict) -> tuple:
+        return -_cost(cell), hash((os.getpid(), cell["key"]))
+
+    def config(cell: dict) -> Config:
+        return config_from_dict(cell["config"])
+
+    cells = sorted(missing, key=turn)
+    parts = parts_of_one_shape(cells, config, options, device, at_once=1 if backend == "dask" else None)
     for part in parts:
         known = {} if store is None else store.load()[0]
         if wanted := [cell for cell in part if cell["key"] not in known]:
             yield wanted
 
 
-def _executed(jobs: Iterator[tuple], n_jobs: int, backend: str, address: str | None) -> Iterator[dict]:
-    """The finished runs, as they finish. Jobs are asked for no earlier than there is somebody to do them."""
+def _executed(jobs: Iterator[tuple], n_jobs: int, backend: str, address: str | None) -> Iterator[list[dict]]:
+    """The finished runs, as they finish. Raises _WorkerDied."""
     if backend == "loky" and n_jobs <= 1:
         for job in jobs:
-            yield from finished_runs(*job)
+            yield finished_runs(*job)
         return
+    # batch_size=1: a finished run reaches the store at once, not when its neighbours have finished too. Jobs are asked for
+    # when somebody is free to do them; of a cluster nobody knows how many that will be.
+    pre_dispatch = "all" if backend == "dask" else "n_jobs"
     with _workers(backend, address, n_jobs):
-        # batch_size=1: a finished run reaches the store at once, not when its neighbours have finished too
-        pool = joblib.Parallel(n_jobs, batch_size=1, pre_dispatch="n_jobs", return_as="generator_unordered")
+        pool = joblib.Parallel(n_jobs, batch_size=1, pre_dispatch=pre_dispatch, return_as="generator_unordered")
         with _workers_ignore_ctrl_c():
             results = pool(joblib.delayed(finished_runs)(*job) for job in jobs)
         try:
-            for runs in results:
-                yield from runs
+            yield from results
+        except TerminatedWorkerError as error:
+            raise _WorkerDied from error
+        except Exception as error:
+            if type(error).__name__ == "KilledWorker":  # Dask's, which need not be installed
+                raise _WorkerDied from error
+            raise
         finally:
             results.close()
 
 
 @contextmanager
 def _workers(backend: str, address: str | None, n_jobs: int) -> Iterator[None]:
-    """joblib's configuration inside. Raises ValueError for an unknown backend, or a cluster that is not there."""
+    """joblib's configuration inside. Raises ValueError for an unknown backend, or a cluster that cannot be used."""
     if backend == "loky":
         with joblib.parallel_config("loky", n_jobs=n_jobs, inner_max_num_threads=1):
             yield
@@ -296,7 +334,9 @@ def _workers(backend: str, address: str | None, n_jobs: int) -> Iterator[None]:
         advice = "start one with `dask scheduler` and give its address, e.g. address='tcp://127.0.0.1:8786'"
         raise ValueError(f"no Dask scheduler at {address or 'hand'}: {advice}") from error
     try:
-        with joblib.parallel_config("dask", n_jobs=-1, client=client):
+        if max(client.nthreads().values(), default=1) > 1:  # torch's number of threads belongs to a whole process
+            raise ValueError("a Dask worker has several threads: start workers with --nthreads 1, one for each core")
+        with joblib.parallel_config("dask", n_jobs=-1, client=client, wait_for_workers_timeout=WAIT_FOR_WORKERS):
             yield
     finally:
         if address:

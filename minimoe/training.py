@@ -8,6 +8,7 @@ run uses one thread (the order of a sum, and so its rounding, depends on the num
 from __future__ import annotations
 
 import math
+import os
 import platform
 import time
 import warnings
@@ -15,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
-from os import PathLike
 
 import numpy as np
 import torch
@@ -101,7 +101,7 @@ def train(
     configs: Config | Sequence[Config],
     lrs: float | Sequence[float],
     seeds: int | Sequence[int],
-    corpus: str | PathLike | Corpus,
+    corpus: str | os.PathLike | Corpus,
     steps: int,
     options: TrainOptions = TrainOptions(),
     device: str | torch.device | None = None,
@@ -115,9 +115,9 @@ def train(
     returned like any other, with infinite losses.
 
     at_once: how many runs of one shape are trained as one batched program. By default one on a CPU, where that is
-    fastest, and on a GPU as many as its memory holds. Trained alone, a run's numbers are the same on a CPU, bit for bit,
-    each time and in any company; batched they agree with that to rounding. On a GPU, deterministic=True makes them repeat
-    bit for bit too (torch.use_deterministic_algorithms), at some cost in time.
+    fastest, and on a GPU as many as its memory holds. On a CPU a run's numbers are the same, bit for bit, each time and in
+    any company; batched (at_once above 1) they agree with that to rounding. On a GPU, deterministic=True makes a program's
+    numbers repeat (torch.use_deterministic_algorithms), at some cost in time.
 
     Raises ValueError for lists of different lengths, an LR that is not positive and finite, steps below 1, a device that
     is not there, or a corpus that has more symbols than a config's vocabulary or is too short.
@@ -128,11 +128,11 @@ def train(
     if at_once is not None and not whole(at_once, 1):
         raise ValueError(f"at_once={at_once!r}: must be a positive integer or None")
     data, runs = _Data(corpus, device), {}
+    plain = device.type == "cpu" and (at_once or 1) == 1
     with one_thread(), _deterministic(deterministic):
-        for group in _same_shape(specs):
-            size = at_once or planned_size(specs[group[0]][0], options, device)
-            for part, trained in _in_parts(group, size, lambda part: _train([specs[i] for i in part], data, steps, options)):
-                runs |= dict(zip(part, trained, strict=True))
+        for part in parts_of_one_shape(list(enumerate(specs)), lambda item: item[1][0], options, device, at_once):
+            for numbered, trained in _as_memory_allows(part, lambda p: _train([s for _, s in p], data, steps, options, plain)):
+                runs |= {i: run for (i, _), run in zip(numbered, trained, strict=True)}
     return [runs[i] for i in range(len(specs))]
 
 
@@ -143,43 +143,61 @@ def planned_size(config: Config, options: TrainOptions, device: torch.device) ->
     from .batched import memory_per_run
 
     free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, to be used again
     return max(1, int(0.8 * free / memory_per_run(config, options)))
 
 
-def _same_shape(specs: list[tuple[Config, float]]) -> list[list[int]]:
-    """The numbers of the runs, grouped by what a batched program shares: everything but table, base shape and seed."""
-    groups: dict[tuple, list[int]] = {}
-    for i, (config, _) in enumerate(specs):
-        groups.setdefault(tuple(config.shape.items()), []).append(i)
-    return list(groups.values())
+def parts_of_one_shape(
+    items: list, config_of: Callable, options: TrainOptions, device: torch.device, at_once: int | None = None
+) -> list[list]:
+    """The items as batched programs: of one shape each (all but table, base shape and seed), of the planned size at most.
+
+    Where a GPU's memory makes several programs of one shape, that is said in a warning.
+    """
+    groups: dict[tuple, list] = {}
+    for item in items:
+        groups.setdefault(tuple(config_of(item).shape.items()), []).append(item)
+    parts = []
+    for group in groups.values():
+        size = at_once or planned_size(config_of(group[0]), options, device)
+        if device.type != "cpu" and not at_once and len(group) > size:
+            warnings.warn(f"{len(group)} runs of one shape, {size} at once: so many fit in the GPU's memory", stacklevel=3)
+        parts += [group[i : i + size] for i in range(0, len(group), size)]
+    return parts
 
 
-def _in_parts(runs: list[int], size: int, train_part: Callable) -> Iterator[tuple[list[int], list[Run]]]:
-    """(part, its runs) for parts of at most `size`; where memory runs out, the part is halved and that is said."""
-    waiting = [runs[i : i + size] for i in range(0, len(runs), size)]
+def _as_memory_allows(runs: list, train_part: Callable[[list], list[Run]]) -> Iterator[tuple[list, list[Run]]]:
+    """(part, its runs): all of them at once or, where memory runs out, by halves, and that is said."""
+    waiting = [runs]
     while waiting:
-        part = waiting.pop(0)
+        part, trained = waiting.pop(0), None
         try:
             trained = train_part(part)
         except torch.OutOfMemoryError:
             if len(part) == 1:
                 raise
-            half = len(part) // 2
+        if trained is None:  # out of the except clause, whose traceback would keep what the attempt held
+            half = (len(part) + 1) // 2
             warnings.warn(f"out of memory with {len(part)} runs at once: going on with {half}", stacklevel=3)
             torch.cuda.empty_cache()
-            waiting[:0] = [part[:half], part[half:]]
+            waiting = [rest[i : i + half] for rest in (part, *waiting) for i in range(0, len(rest), half)]
             continue
         yield part, trained
 
 
 @contextmanager
 def _deterministic(wanted: bool) -> Iterator[None]:
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(wanted or before)
+    """torch's deterministic algorithms inside, if wanted; the caller's setting again outside."""
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it; read when CUDA starts
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def available_device(device: str | torch.device | None = None) -> torch.device:
@@ -349,14 +367,14 @@ def record(step: int, train_loss: float, val_loss: float, load: Tensor, square: 
     }
 
 
-def _train(specs: list[tuple[Config, float]], data: _Data, steps: int, options: TrainOptions) -> list[Run]:
-    """The runs of one shape: one alone, or several as one program."""
+def _train(specs: list[tuple[Config, float]], data: _Data, steps: int, options: TrainOptions, plain: bool) -> list[Run]:
+    """The runs of one shape: as one batched program, or, for a single one, the plain way."""
     from .batched import BatchedRuns
 
     start = time.perf_counter()
     config = specs[0][0]
     models = [MiniMoE(config).to(data.device) for config, _ in specs]
-    engine = (SingleRun if len(specs) == 1 else BatchedRuns)(models, [lr for _, lr in specs], options)
+    engine = (SingleRun if plain else BatchedRuns)(models, [lr for _, lr in specs], options)
     order = data.order([options.order_seed(config.seed) for config, _ in specs], steps, options.batch_size, config.context)
     validation = data.validation(options.eval_batches, options.batch_size, config.context)
     histories: list[list[dict]] = [[] for _ in specs]

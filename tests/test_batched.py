@@ -2,14 +2,18 @@
 
 import math
 import warnings
+import weakref
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from minimoe import Config, MiniMoE, TrainOptions, grouped, train, training
+from minimoe import model as model_module
 from minimoe.batched import BatchedRuns, memory_per_run
-from minimoe.training import SingleRun, losses, planned_size
+from minimoe.training import SingleRun, losses, parts_of_one_shape, planned_size, windows
 
 FIELDS = {"width": 64, "context": 16, "n_experts": 4}
 OPTIONS = TrainOptions(batch_size=4, eval_batches=2)
@@ -24,6 +28,14 @@ def configs(**fields):
 LRS = [2**-6, 2**-7, 2**-5, 2**-6]
 SHAPES = [{}, {"granularity": 4, "renormalize": True}, {"activation": "swiglu"}, {"activation": "gelu", "z_weight": 0.1},
           {"n_experts": 1, "top_k": 1}, {"forced_balance": True}]  # fmt: skip
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """A CPU that takes the GPU's path."""
+    monkeypatch.setattr(grouped, "_forward_in_turn", grouped._forward_in_blocks)
+    monkeypatch.setattr(grouped, "_backward_in_turn", grouped._backward_in_blocks)
+    monkeypatch.setattr(model_module, "attention", grouped._Attention.apply)
 
 
 def tokens(runs, seed=0):
@@ -103,7 +115,10 @@ def test_the_batched_optimum_is_the_same(corpus):
     assert best[0] == best[1]
 
 
-def test_a_run_that_diverges_leaves_the_others_bit_identical(corpus):
+@pytest.mark.parametrize("path", ["CPU's", "GPU's"])
+def test_a_run_that_diverges_leaves_the_others_bit_identical(corpus, path, request):
+    if path == "GPU's":
+        request.getfixturevalue("blocks")
     calm = train(configs(), LRS, [0, 0, 3, 1], corpus, 20, OPTIONS, at_once=4)
     wild = train(configs(), [*LRS[:1], 1e30, *LRS[2:]], [0, 0, 3, 1], corpus, 20, OPTIONS, at_once=4)
     assert [run.diverged for run in wild] == [False, True, False, False]
@@ -114,10 +129,11 @@ def test_a_run_that_diverges_leaves_the_others_bit_identical(corpus):
 
 
 def test_a_batched_run_does_not_depend_on_its_company(corpus):
-    """Two runs of one program against four: the numbers are those of the run, not of the batch."""
+    """Two runs of one program, or three and one, against four: the numbers are those of the run, not of the batch."""
     four = train(configs(), LRS, [0, 0, 3, 1], corpus, 10, OPTIONS, at_once=4)
     two = train(configs(), LRS, [0, 0, 3, 1], corpus, 10, OPTIONS, at_once=2)
-    assert [run.history for run in four] == [run.history for run in two]
+    three_and_one = train(configs(), LRS, [0, 0, 3, 1], corpus, 10, OPTIONS, at_once=3)
+    assert [run.history for run in four] == [run.history for run in two] == [run.history for run in three_and_one]
 
 
 def test_on_a_cpu_runs_are_trained_alone_by_default(corpus, monkeypatch):
@@ -127,17 +143,15 @@ def test_on_a_cpu_runs_are_trained_alone_by_default(corpus, monkeypatch):
 
 
 @pytest.mark.parametrize("fields", SHAPES)
-def test_a_step_reads_nothing_back_from_the_device(fields, monkeypatch):
+def test_a_step_reads_nothing_back_from_the_device(fields, blocks):
     """Under FakeTensorMode tensors have no values: `.item()`, `.tolist()` and data-dependent shapes raise.
 
     A torch without CUDA has no fake CUDA either, so the GPU's path is taken on a fake CPU.
     """
-    monkeypatch.setattr(grouped, "_forward_in_turn", grouped._forward_in_blocks)
-    monkeypatch.setattr(grouped, "_backward_in_turn", grouped._backward_in_blocks)
     with FakeTensorMode():
         models = [MiniMoE(config) for config in configs(**fields)]
         batched = BatchedRuns(models, LRS, TrainOptions(weight_decay=0.1, clip=1.0))
-        batch = torch.zeros(4, 4, 17, dtype=torch.int64)
+        batch = windows(torch.zeros(1000, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.int64), 16)
         cross_entropy = batched.step(batch, 0.5)
         loss, load, square = batched.measure([batch[0], batch[1]])
     assert cross_entropy.shape == loss.shape == (4,)
@@ -177,15 +191,62 @@ def test_a_single_run_that_does_not_fit_is_an_error(corpus, monkeypatch):
         train(Config(**FIELDS), 0.01, 0, corpus, 2, OPTIONS)
 
 
-def test_the_planner_fills_a_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 * 2**30, 8 * 2**30))
-    sizes = [planned_size(Config(width=width), TrainOptions(), torch.device("cuda")) for width in (32, 128, 512)]
-    assert sizes == sorted(sizes, reverse=True)
-    assert sizes[-1] >= 1
-    need = memory_per_run(Config(width=128), TrainOptions())
-    assert sizes[1] == int(0.8 * 8 * 2**30 / need)
-    parameters = sum(p.numel() for p in MiniMoE(Config(width=128)).parameters())
-    assert need > 4 * 8 * parameters
+class PeakMemory(TorchDispatchMode):
+    """The largest number of bytes that live tensors took, as a GPU's allocator would count them."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        given = {id(tensor.untyped_storage()) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and id(tensor.untyped_storage()) not in given:
+                storage = tensor.untyped_storage()
+                if storage not in self.seen:
+                    self.seen.add(storage)
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self._freed, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def _freed(self, size):
+        self.now -= size
+
+    def __enter__(self):
+        self.seen = weakref.WeakSet()
+        return super().__enter__()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"width": 32}, {"width": 128}, {"width": 256, "n_experts": 64}, {"granularity": 8}, {"activation": "swiglu", "depth": 4},
+     {"n_experts": 32, "batch_size": 2}],
+)  # fmt: skip
+def test_the_estimate_of_a_runs_memory_is_from_above_and_not_wild(fields, blocks):
+    options = TrainOptions(batch_size=fields.get("batch_size", 16), clip=1.0, weight_decay=0.1)
+    config = Config(**{name: value for name, value in fields.items() if name != "batch_size"})
+    runs = 3
+    with PeakMemory() as memory, FakeTensorMode():
+        batched = BatchedRuns([MiniMoE(config) for _ in range(runs)], [0.01] * runs, options)
+        for _ in range(2):
+            batched.step(torch.zeros(runs, options.batch_size, 65, dtype=torch.int64), 1.0)
+    assert 1.0 <= memory_per_run(config, options) / (memory.peak / runs) <= 3.0
+
+
+def test_the_planner_fills_a_gpu_and_says_where_it_splits(monkeypatch):
+    free = 10 * memory_per_run(Config(width=128), TrainOptions())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    gpu = torch.device("cuda")
+    assert planned_size(Config(width=128), TrainOptions(), gpu) == 8
+    assert planned_size(Config(width=4096), TrainOptions(), gpu) == 1
+    configs = [Config(name, 128) for name in ("sp", "mup") for _ in range(5)] + [Config("sp", 64)]
+    with pytest.warns(UserWarning, match="10 runs of one shape, 8 at once"):
+        parts = parts_of_one_shape(configs, lambda config: config, TrainOptions(), gpu)
+    assert [len(part) for part in parts] == [8, 2, 1]
 
 
 def test_deterministic_is_asked_of_torch_and_taken_back(corpus, monkeypatch):
@@ -194,10 +255,13 @@ def test_deterministic_is_asked_of_torch_and_taken_back(corpus, monkeypatch):
     monkeypatch.setattr(training, "_train", lambda *a: seen.append(torch.are_deterministic_algorithms_enabled()) or original(*a))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        torch.use_deterministic_algorithms(False, warn_only=True)  # a caller's own setting
         train(Config(**FIELDS), 0.01, 0, corpus, 2, OPTIONS, deterministic=True)
         train(Config(**FIELDS), 0.01, 0, corpus, 2, OPTIONS)
     assert seen == [True, False]
     assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
 
 
 def test_bad_sizes_are_refused(corpus):

@@ -50,43 +50,62 @@ def logged_sweep(log, store, corpus):
     sweep(**GRID, **TINY, corpus=corpus, store=store)
 
 
-def started(*arguments):
-    process = multiprocessing.get_context("fork").Process(target=logged_sweep, args=arguments)
+@pytest.fixture(scope="module")
+def fresh():
+    """Processes forked from a clean one that has imported the package: they start at once, and hold nobody's threads."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["minimoe.sweeps", "torch._dynamo"])  # which torch.optim would import, slowly
+    return context
+
+
+def started(context, *arguments):
+    process = context.Process(target=logged_sweep, args=arguments)
     process.start()
     return process
 
 
-@pytest.mark.filterwarnings("ignore:.*the last line was torn")
-def test_killed_many_times_at_random_moments(corpus, tmp_path, uninterrupted):
+def test_killed_many_times_at_random_moments(corpus, tmp_path, fresh, uninterrupted):
+    """As many kills as it takes, each at a random moment after a run has begun."""
     store, log, draw, kills = tmp_path / "runs.jsonl", tmp_path / "log", random.Random(0), 0
-    for _ in range(200):
+    whole = min(measured_seconds(fresh, tmp_path / name, corpus) for name in ("warm", "timed"))
+    for _ in range(100):
         done = set(keys_in(store)) if store.exists() else set()
         begun = len(log.read_text().splitlines()) if log.exists() else 0
-        process = started(log, store, corpus)
-        process.join(draw.uniform(0.01, 0.1))
+        process = started(fresh, log, store, corpus)
+        wait_until(lambda seen=begun, p=process: not p.is_alive() or (log.exists() and len(log.read_text().splitlines()) > seen))
+        process.join(draw.uniform(0, whole / 8))
         if process.is_alive():
             process.kill()
             process.join()
             kills += 1
-        assert not done & set(log.read_text().splitlines()[begun:] if log.exists() else ())  # no finished run again
+        assert not done & set(log.read_text().splitlines()[begun:])  # no finished run again
         if process.exitcode == 0:
             break
     print(f"{kills} kills, {len(log.read_text().splitlines())} runs begun, {RUNS} finished")
-    assert kills >= 10
     assert process.exitcode == 0
+    assert kills >= 5
     assert len(keys_in(store)) == len(set(keys_in(store))) == RUNS
     assert_same(read_sweep(store), uninterrupted)
 
 
-def test_two_sweeps_write_one_store_at_the_same_time(corpus, tmp_path, uninterrupted):
+def measured_seconds(context, folder, corpus):
+    """How long the whole sweep takes here, now."""
+    folder.mkdir()
+    start = time.perf_counter()
+    process = started(context, folder / "timing.log", folder / "timing.jsonl", corpus)
+    process.join()
+    assert process.exitcode == 0
+    return time.perf_counter() - start
+
+
+def test_two_sweeps_write_one_store_at_the_same_time(corpus, tmp_path, fresh, uninterrupted):
     store, logs = tmp_path / "runs.jsonl", [tmp_path / "one", tmp_path / "two"]
-    processes = [started(log, store, corpus) for log in logs]
+    processes = [started(fresh, log, store, corpus) for log in logs]
     for process in processes:
         process.join()
         assert process.exitcode == 0
     begun = [log.read_text().splitlines() for log in logs]
     assert set(begun[0]) | set(begun[1]) == set(keys_in(store))
-    assert len(begun[0]) + len(begun[1]) < 2 * RUNS  # what the one had finished, the other skipped
     assert_same(read_sweep(store), uninterrupted)  # nothing lost, nothing interleaved, duplicates collapsed
 
 
@@ -118,10 +137,9 @@ def full_disk(store, corpus, queue):
 
 
 @pytest.mark.filterwarnings("ignore:.*the last line was torn")
-def test_a_disk_that_fills_stops_the_sweep_and_loses_nothing(corpus, tmp_path, uninterrupted):
-    store, context = tmp_path / "runs.jsonl", multiprocessing.get_context("fork")
-    queue = context.Queue()
-    process = context.Process(target=full_disk, args=(store, corpus, queue))
+def test_a_disk_that_fills_stops_the_sweep_and_loses_nothing(corpus, tmp_path, fresh, uninterrupted):
+    store, queue = tmp_path / "runs.jsonl", fresh.Queue()
+    process = fresh.Process(target=full_disk, args=(store, corpus, queue))
     process.start()
     message, carried = queue.get(timeout=60)
     process.join()

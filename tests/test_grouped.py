@@ -116,3 +116,28 @@ def test_runs_that_share_an_argument(path):
     together = vmap(lambda u: expert_mixture(x, token, gate, counts, u, down, "relu"))(ups)
     torch.testing.assert_close(together[1], 2 * together[0])
     torch.testing.assert_close(together[0], mixture((x, gate, up, down), token, counts, "relu"))
+
+
+def attention_inputs(runs=()):
+    draw = torch.Generator().manual_seed(0)
+    return [torch.randn(*runs, 2, 3, 5, 4, dtype=torch.float64, generator=draw).requires_grad_() for _ in range(3)]
+
+
+def test_attention_on_a_gpus_path_is_the_plain_one():
+    q, k, v = attention_inputs()
+    outs = [f(q, k, v, 0.25) for f in (grouped.attention, grouped._Attention.apply)]
+    torch.testing.assert_close(*outs)
+    gradients = [torch.autograd.grad(out.sin().sum(), (q, k, v)) for out in outs]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.filterwarnings("error")  # torch's own fallback, one run after the other, would warn
+def test_attention_folds_runs_into_sequences():
+    q, k, v = (x.detach() for x in attention_inputs(runs=(3,)))
+    loss = lambda q, k, v: grouped._Attention.apply(q, k, v, 0.25).sin().sum()  # noqa: E731
+    together = vmap(grad(loss, argnums=(0, 1, 2)))(q, k, v)
+    for i in range(3):
+        alone = grad(lambda *t: grouped.attention(*t, 0.25).sin().sum(), argnums=(0, 1, 2))(q[i], k[i], v[i])
+        for a, b in zip(together, alone, strict=True):
+            torch.testing.assert_close(a[i], b)

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from minimoe import PARAMETRIZATIONS, TrainOptions, fan_in, read_sweep, sweep, sweeps, transfer_report, width
+from minimoe import PARAMETRIZATIONS, TrainOptions, fan_in, read_sweep, sweep, sweeps, training, transfer_report, width
 from minimoe import store as store_module
 from minimoe.model import Config
 from minimoe.sweeps import run_key
@@ -77,6 +77,39 @@ def test_a_second_sweep_skips_what_the_store_has(corpus, tmp_path, trained):
     same(first, again, but=[])
     sweep((32, 64), lrs=(0.01, 0.02), corpus=corpus, store=store, **TINY)
     assert len(trained) == 2 * count
+
+
+def test_parts_of_several_runs_lose_nothing_either(corpus, tmp_path, monkeypatch):
+    """As on a GPU, where many runs finish together: a store that fails at the second still hands back all of them."""
+    monkeypatch.setattr(training, "planned_size", lambda *_: 6)
+    original = store_module.RunStore.append
+    monkeypatch.setattr(
+        store_module.RunStore, "append", lambda self, cell: original(self, cell) if not runs_in(self.path) else fail()
+    )
+
+    def fail():
+        raise store_module.StoreError("the disk is full")
+
+    store = tmp_path / "runs.jsonl"
+    with pytest.raises(store_module.StoreError) as caught:
+        sweep((64,), ("sp", "mup"), (0.01, 0.02, 0.03), corpus=corpus, store=store, **TINY)
+    assert len(runs_in(store)) == 1
+    assert len(caught.value.frame) == 6
+
+
+def test_labels_are_in_the_store_as_soon_as_their_run(corpus, tmp_path, monkeypatch):
+    original = sweeps.finished_runs
+
+    def stopped(cells, *rest):
+        if cells[0]["config"]["width"] == 32:
+            return original(cells, *rest)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweeps, "finished_runs", stopped)
+    monkeypatch.setattr(sweeps, "_cost", lambda cell: -cell["config"]["width"])
+    with pytest.raises(KeyboardInterrupt):
+        sweep((32, 64), lrs=(0.01,), corpus=corpus, store=tmp_path / "runs.jsonl", **TINY)
+    assert set(read_sweep(tmp_path / "runs.jsonl").parametrization) == {"sp", "simplep", "mup"}
 
 
 def test_a_stopped_sweep_goes_on_and_gives_the_same_frame(corpus, tmp_path, monkeypatch):
@@ -202,7 +235,15 @@ def test_a_damaged_line_is_named_by_its_number(corpus, tmp_path):
     store = tmp_path / "runs.jsonl"
     sweep((32,), "mup", (0.01, 0.02, 0.03), corpus=corpus, store=store, **TINY)
     lines = store.read_bytes().splitlines(keepends=True)
-    for damage in (lines[1][:-30] + b"\n", b"[]\n", b'{"key": 1}\n'):
+    cut = {"key": "k", "format": store_module.FORMAT, "history": []}
+    wrong = {**json.loads(lines[1]), "config": {"width": 30}}
+    for damage in (
+        lines[1][:-30] + b"\n",
+        b"[]\n",
+        b'{"key": 1}\n',
+        json.dumps(cut).encode() + b"\n",
+        json.dumps(wrong).encode() + b"\n",
+    ):
         store.write_bytes(lines[0] + damage + lines[2])
         with pytest.raises(ValueError, match=r"runs.jsonl, line 2 is damaged"):
             sweep((32,), "mup", (0.01,), corpus=corpus, store=store, **TINY)
@@ -219,7 +260,7 @@ def test_a_store_that_cannot_be_written_is_an_error_before_training(corpus, tmp_
 
 def test_lines_of_another_format_are_other_runs(corpus, tmp_path, trained, monkeypatch):
     store = tmp_path / "runs.jsonl"
-    for version in (1, 2):
+    for version in (store_module.FORMAT, store_module.FORMAT + 1):
         for module in (sweeps, store_module):
             monkeypatch.setattr(module, "FORMAT", version)
         sweep((32,), "mup", 0.01, corpus=corpus, store=store, **TINY)
@@ -320,6 +361,8 @@ def test_vocabulary_comes_from_the_corpus(tmp_path):
         ({"widths": (30,)}, "width=30: must be a multiple of head_size=16"),
         ({"parametrizations": ("mup", "np")}, "unknown parametrization 'np'; known: sp"),
         ({"context": 10**6}, "too short for context"),
+        ({"n_jobs": 0}, "n_jobs=0: must be a positive integer"),
+        ({"address": "tcp://host:1"}, "goes with backend='dask'"),
     ],
 )
 def test_bad_grids_are_refused_before_any_training(corpus, trained, tmp_path, grid, message):
