@@ -1,4 +1,4 @@
-# demo: the picture, trained now (about 4 minutes on two cores)   test: every test   lab: the notebooks in JupyterLab
+# demo: the picture, trained now (about 2 minutes on two cores)   test: every test   lab: the notebooks in JupyterLab
 # figure: the README's copy of the demo's picture                 lint: ruff         clean: remove what these made
 PYTHON ?= python3
 

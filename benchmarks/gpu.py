@@ -7,11 +7,8 @@ Width 128, the default shape, 200 steps, validation counted. Says so and measure
 
 from __future__ import annotations
 
-import statistics
-import time
-
 import torch
-from timing import conditions
+from timing import conditions, interleaved
 
 from minimoe import Config, load_corpus, train
 
@@ -21,18 +18,20 @@ def main() -> None:
         print("no GPU here: nothing measured")
         return
     print(f"{torch.cuda.get_device_name()}, {conditions()}\n\n| runs at once | s | over one run |\n|---|---|---|")
-    corpus, one = load_corpus("pydocs"), None
-    for runs in (1, 9, 27):
+    corpus = load_corpus("pydocs")
+
+    def at_once(runs: int):
         lrs = [2.0 ** (-9 + 6 * i / runs) for i in range(runs)]
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
+
+        def run():
             train(Config("mup", 128), lrs, 0, corpus, 200, device="cuda", at_once=runs)
             torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        took = statistics.median(times[1:])
-        one = one or took
-        print(f"| {runs} | {took:.1f} | {took / one:.2f} |", flush=True)
+
+        return run
+
+    took = interleaved({runs: at_once(runs) for runs in (1, 9, 27)}, repeats=3, warmup=1)
+    for runs, seconds in took.items():
+        print(f"| {runs} | {seconds:.1f} | {seconds / took[1]:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

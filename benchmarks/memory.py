@@ -13,7 +13,7 @@ import subprocess
 import sys
 
 CHILD = """
-import resource, sys, threading, time, torch
+import resource, sys, torch
 from minimoe import Config, MiniMoE, TrainOptions
 from minimoe.training import SingleRun
 torch.set_num_threads(1)

@@ -24,6 +24,8 @@ from .sweeps import LRS, read_sweep, sweep
 from .training import TrainOptions, train
 from .transfer import sentence, transfer_report
 
+DEMO_STEPS = 140  # enough for SP's optimum to move by an octave per doubling, and two minutes on two cores
+
 EPILOG = """\
 examples:
   minimoe demo                                             the picture: loss against learning rate, a curve per width
@@ -201,7 +203,7 @@ def _add_sweep_outputs(parser: argparse.ArgumentParser, store: str, figure: str 
 def _demo(options: argparse.Namespace) -> None:
     start = time.perf_counter()
     print("Training loss against learning rate for three widths under sp, simplep and mup, on the pydocs corpus.")
-    frame = sweep(store=options.store)
+    frame = sweep(steps=DEMO_STEPS, store=options.store)
     print(f"{len(frame)} rows, {frame.key.nunique()} runs in {time.perf_counter() - start:.0f} s ({options.store})\n")
     _show(frame, "width", options.figure)
 

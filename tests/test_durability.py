@@ -212,3 +212,17 @@ def test_a_cluster_that_is_not_there_is_one_clear_error(corpus):
         sweep(**GRID, **TINY, corpus=corpus, backend="dask", address="tcp://127.0.0.1:1")
     with pytest.raises(ValueError, match="backend='slurm': must be loky"):
         sweep(**GRID, **TINY, corpus=corpus, backend="slurm")
+
+
+def test_the_current_client_is_the_default_and_threads_are_refused(corpus, tmp_path):
+    """As with dask-jobqueue: a cluster object, a client on it, and no address."""
+    distributed = pytest.importorskip("distributed")
+    quiet = {"dashboard_address": None, "processes": False, "n_workers": 1, "silence_logs": 50}
+    small = {"widths": (32,), "parametrizations": ("mup",), "lrs": (0.01, 0.02), "corpus": corpus, "backend": "dask"}
+    with distributed.LocalCluster(threads_per_worker=1, **quiet) as cluster, distributed.Client(cluster):
+        frame = sweep(**small, **TINY)
+    assert frame.val_loss.tolist() == sweep(**small | {"backend": "loky"}, **TINY).val_loss.tolist()
+    two_threads = distributed.LocalCluster(threads_per_worker=2, **quiet)
+    refused = pytest.raises(ValueError, match="several threads: start workers with --nthreads 1")
+    with two_threads as cluster, distributed.Client(cluster), refused:
+        sweep(**small, **TINY)
