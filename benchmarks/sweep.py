@@ -20,7 +20,7 @@ from minimoe import Config, TrainOptions, load_corpus
 from minimoe.training import _Data, _train
 data = _Data(load_corpus("pydocs"), torch.device("cpu"))
 for i in range(9):
-    _train([(Config("mup", {width}), 2.0 ** (i / 2 - 8))], data, {steps}, TrainOptions())
+    _train([(Config("mup", {width}), 2.0 ** (i / 2 - 8))], data, {steps}, TrainOptions(), plain=True)
 """
 SWEEP = """
 from minimoe import sweep

@@ -72,14 +72,23 @@ class RunStore:
         Called again, it reads only what has been added. Raises ValueError naming a damaged line by its number.
         """
         with self._reading:
-            for line in self._new_lines():
-                self._lines += 1
-                cell = _parsed(line, self._lines, self.path)
-                if cell["format"] == FORMAT:
-                    if "history" in cell:
-                        self._runs.setdefault(cell["key"], cell)
-                    self._cells.setdefault(label(cell), cell)
+            self._read_on()
             return dict(self._runs), [cell for cell in self._cells.values() if cell["key"] in self._runs]
+
+    def knows(self, cell: dict) -> bool:
+        """Whether the file has a line for this cell. Raises as `load` does."""
+        with self._reading:
+            self._read_on()
+            return label(cell) in self._cells
+
+    def _read_on(self) -> None:
+        for line in self._new_lines():
+            self._lines += 1
+            cell = _parsed(line, self._lines, self.path)
+            if cell["format"] == FORMAT:
+                if "history" in cell:
+                    self._runs.setdefault(cell["key"], cell)
+                self._cells.setdefault(label(cell), cell)
 
     def _new_lines(self) -> list[bytes]:
         """The whole lines since the last call: of the last one, another sweep may just be writing the first half."""

@@ -35,7 +35,7 @@ from .parametrization import (
     parametrization,
     require_distinct_names,
 )
-from .store import FORMAT, RunStore, StoreError, label
+from .store import FORMAT, RunStore, StoreError
 from .training import TrainOptions, available_device, check_training, finished_runs, parts_of_one_shape, whole
 
 WAIT_FOR_WORKERS = 600  # seconds that a cluster has to bring up its first worker
@@ -225,9 +225,8 @@ def _divided(cells: list[dict], configs: list[tuple], store: RunStore | None) ->
 
 def _append_labels(cells: list[dict], runs: dict[str, dict], store: RunStore) -> None:
     """Let the store know of the cells that are one of these runs, where it does not yet."""
-    known = {label(cell) for cell in store.load()[1]}
     for cell in cells:
-        if cell["key"] in runs and label(cell) not in known:
+        if cell["key"] in runs and not store.knows(cell):
             store.append(cell)
 
 
