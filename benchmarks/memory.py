@@ -15,7 +15,7 @@ import sys
 CHILD = """
 import resource, sys, torch
 from minimoe import Config, MiniMoE, TrainOptions
-from minimoe.training import SingleRun
+from minimoe.step import SingleRun
 torch.set_num_threads(1)
 config = Config(width=128, n_experts=int(sys.argv[1]), top_k=int(sys.argv[2]))
 run, batch = SingleRun([MiniMoE(config)], [1e-3], TrainOptions(batch_size=64)), torch.randint(96, (1, 64, 65))

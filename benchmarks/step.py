@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from minimoe import Config, MiniMoE, TrainOptions
-from minimoe.training import SingleRun
+from minimoe.step import SingleRun
 
 B, T, L, V = 16, 64, 2, 96
 IN_A_ROW = 10

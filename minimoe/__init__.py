@@ -23,8 +23,9 @@ _HOMES = {
         "parameter",
         "width",
     ),
+    "step": ("TrainOptions",),
     "sweeps": ("read_sweep", "sweep"),
-    "training": ("Run", "TrainOptions", "train"),
+    "training": ("Run", "train"),
     "transfer": ("transfer_report",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

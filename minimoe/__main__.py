@@ -20,8 +20,9 @@ from .explanations import explain
 from .figures import lr_curves
 from .model import Config, MiniMoE
 from .parametrization import PARAMETRIZATIONS
+from .step import TrainOptions
 from .sweeps import LRS, read_sweep, sweep
-from .training import TrainOptions, train
+from .training import train
 from .transfer import sentence, transfer_report
 
 DEMO_STEPS = 140  # enough for SP's optimum to move by an octave per doubling, and two minutes on two cores

@@ -20,11 +20,11 @@ from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 from .grouped import BLOCK
 from .model import Config, MiniMoE
 from .parametrization import named_roles, numbers
-from .training import TrainOptions, losses, measured
+from .step import TrainOptions, losses, measured
 
 
 class BatchedRuns:
-    """R models of one shape, with an LR each, trained as one program. See `training.SingleRun` for the plain way."""
+    """R models of one shape, with an LR each, trained as one program. See `step.SingleRun` for the plain way."""
 
     def __init__(self, models: Sequence[MiniMoE], lrs: Sequence[float], options: TrainOptions):
         self.options = options
@@ -55,7 +55,7 @@ class BatchedRuns:
 
     @torch.no_grad()
     def measure(self, batches: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """As `training.measure`, with a leading run axis."""
+        """As `step.measured`, with a leading run axis."""
         one = vmap(lambda weights, buffers: measured(self._run(weights, buffers), batches))
         with _quiet_fallback():
             return one(self.weights, self.buffers)

@@ -35,8 +35,9 @@ from .parametrization import (
     parametrization,
     require_distinct_names,
 )
+from .step import TrainOptions, whole
 from .store import FORMAT, RunStore, StoreError
-from .training import TrainOptions, available_device, check_training, finished_runs, parts_of_one_shape, whole
+from .training import available_device, check_training, finished_runs, parts_of_one_shape
 
 WAIT_FOR_WORKERS = 600  # seconds that a cluster has to bring up its first worker
 LRS = tuple(2.0**octave for octave in range(-9, -2))

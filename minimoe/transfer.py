@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from .model import Config
-from .training import TrainOptions
+from .step import TrainOptions
 
 # What the points of one curve must share
 CONSTANT = {f.name for kind in (Config, TrainOptions) for f in fields(kind)} - {"parametrization", "seed"}

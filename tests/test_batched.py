@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 from minimoe import Config, MiniMoE, TrainOptions, grouped, train, training
 from minimoe import model as model_module
 from minimoe.batched import BatchedRuns, memory_per_run
-from minimoe.training import SingleRun, losses, parts_of_one_shape, planned_size, windows
+from minimoe.step import SingleRun, losses
+from minimoe.training import parts_of_one_shape, planned_size, windows
 
 FIELDS = {"width": 64, "context": 16, "n_experts": 4}
 OPTIONS = TrainOptions(batch_size=4, eval_batches=2)
@@ -138,7 +139,7 @@ def test_a_batched_run_does_not_depend_on_its_company(corpus):
 
 def test_on_a_cpu_runs_are_trained_alone_by_default(corpus, monkeypatch):
     assert planned_size(Config(), OPTIONS, torch.device("cpu")) == 1
-    monkeypatch.setattr("minimoe.batched.BatchedRuns", None)
+    monkeypatch.setattr(training, "BatchedRuns", None)
     assert len(train(configs(), LRS, 0, corpus, 2, OPTIONS)) == 4
 
 

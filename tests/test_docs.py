@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -63,3 +64,10 @@ def test_the_readmes_python_runs():
         exec("\n".join(kept), namespace)
     assert namespace["mended"].name == "simplep[router.lr=1/fan_in]"
     assert [group["lr"] for group in namespace["optimizer"].param_groups] == [1e-2]
+
+
+def test_torch_is_the_locked_version():
+    """An index or an oracle that drags in another torch would change every number."""
+    pins = dict(line.split("==") for line in (ROOT / "requirements.lock").read_text().splitlines() if "==" in line[:40])
+    assert pins["torch"] == "2.13.0"
+    assert torch.__version__.split("+")[0] == pins["torch"]

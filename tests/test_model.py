@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from minimoe import PARAMETRIZATIONS, Config, MiniMoE, Parametrization, Rule, check_tokens, explain, fan_in
 from minimoe.model import MoE, mixture_by_mask, rms_norm
 from minimoe.parametrization import initialise, ratio
-from minimoe.training import losses
+from minimoe.step import losses
 
 
 def tokens(batch=2, time=16, vocab=96, seed=0):

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minimoe import Config, MiniMoE, TrainOptions, train
-from minimoe.training import _Data, lr_factor, record_steps
+from minimoe.step import lr_factor
+from minimoe.training import _Data, record_steps
 
 SMALL = Config(width=32, depth=1, n_experts=4, context=16)
 FAST = TrainOptions(batch_size=4, eval_batches=2)
@@ -100,7 +101,7 @@ def test_records_are_spaced_and_end_at_the_end(steps, evals):
 
 
 def test_auxiliary_losses_reach_the_gradient_and_not_the_report(corpus):
-    from minimoe.training import losses
+    from minimoe.step import losses
 
     batch = torch.from_numpy(corpus.encode(corpus.decode(corpus.train[:17])))[None]
     seen = {}
