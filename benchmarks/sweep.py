@@ -17,8 +17,8 @@ from timing import conditions, interleaved
 LOOP = """
 import torch
 from minimoe import Config, TrainOptions, load_corpus
-from minimoe.training import _Data, _train
-data = _Data(load_corpus("pydocs"), torch.device("cpu"))
+from minimoe.training import TextData, _train
+data = TextData(load_corpus("pydocs"), torch.device("cpu"))
 for i in range(9):
     _train([(Config("mup", {width}), 2.0 ** (i / 2 - 8))], data, {steps}, TrainOptions(), plain=True)
 """

@@ -179,11 +179,13 @@ class Attention(nn.Module):
         self.o = weight(config, "attention", lambda c: (c.width, c.width))
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+        return self.mixed(x) @ (self.o_multiplier * self.o)
+
+    def mixed(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D), the heads side by side
         q = self.split(x @ (self.q_multiplier * self.q))  # (B, H, T, C)
         k = self.split(x @ (self.k_multiplier * self.k))
         v = self.split(x @ (self.v_multiplier * self.v))
-        mixed = attention(q, k, v, scale=1 / self.head_size)  # (B, H, T, C)
-        return mixed.transpose(1, 2).flatten(2) @ (self.o_multiplier * self.o)
+        return attention(q, k, v, scale=1 / self.head_size).transpose(1, 2).flatten(2)
 
     def split(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, H, T, C)
         return x.unflatten(-1, (self.heads, self.head_size)).transpose(1, 2)
@@ -215,13 +217,15 @@ class MoE(nn.Module):
         return x.new_zeros(x.shape[0], 1) if self.config.experts == 1 else x @ (self.router_multiplier * self.router)
 
     def choice(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:  # (N, E) -> gates (N, K), expert numbers (N, K)
+        experts = self.chosen(probabilities)
+        gates = probabilities.gather(1, experts)
+        return (gates / gates.sum(-1, keepdim=True) if self.config.renormalize else gates), experts
+
+    def chosen(self, probabilities: Tensor) -> Tensor:  # (N, E) -> expert numbers (N, K)
         N, K, E = probabilities.shape[0], self.config.active_experts, self.config.experts
         if self.config.forced_balance:  # slot j of token t goes to expert (t*K + j) mod E
-            experts = (torch.arange(N * K, device=probabilities.device) % E).view(N, K)
-            gates = probabilities.gather(1, experts)
-        else:
-            gates, experts = probabilities.topk(K, dim=-1)
-        return (gates / gates.sum(-1, keepdim=True) if self.config.renormalize else gates), experts
+            return (torch.arange(N * K, device=probabilities.device) % E).view(N, K)
+        return probabilities.topk(K, dim=-1).indices
 
     def mixture(self, x: Tensor, gates: Tensor, experts: Tensor, counts: Tensor) -> Tensor:
         """Each token's gated sum of its experts' outputs (N, D); the S slots are sorted, expert by expert."""

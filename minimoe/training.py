@@ -76,7 +76,7 @@ def train(
     steps = check_training(specs, corpus, steps)
     if at_once is not None and not whole(at_once, 1):
         raise ValueError(f"at_once={at_once!r}: must be a positive integer or None")
-    data, runs = _Data(corpus, device), {}
+    data, runs = TextData(corpus, device), {}
     plain = device.type == "cpu" and (at_once or 1) == 1
     with one_thread(), _deterministic(deterministic):
         for part in parts_of_one_shape(list(enumerate(specs)), lambda item: item[1][0], options, device, at_once):
@@ -194,7 +194,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-class _Data:
+class TextData:
     """A corpus on a device, cut into batches of sequences with their targets: (B, T + 1)."""
 
     def __init__(self, corpus: Corpus, device: torch.device):
@@ -245,7 +245,7 @@ def record(step: int, train_loss: float, val_loss: float, load: Tensor, square: 
     }
 
 
-def _train(specs: list[tuple[Config, float]], data: _Data, steps: int, options: TrainOptions, plain: bool) -> list[Run]:
+def _train(specs: list[tuple[Config, float]], data: TextData, steps: int, options: TrainOptions, plain: bool) -> list[Run]:
     """The runs of one shape: as one batched program, or, for a single one, the plain way."""
     start = time.perf_counter()
     config = specs[0][0]

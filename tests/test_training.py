@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from minimoe import Config, MiniMoE, TrainOptions, train
 from minimoe.step import lr_factor
-from minimoe.training import _Data, record_steps
+from minimoe.training import TextData, record_steps
 
 SMALL = Config(width=32, depth=1, n_experts=4, context=16)
 FAST = TrainOptions(batch_size=4, eval_batches=2)
@@ -48,7 +48,7 @@ def test_seeds_govern_init_and_data_order_separately(corpus):
     other_init = one(corpus, seed=5, options=TrainOptions(batch_size=4, eval_batches=2, data_seed=1))
     assert len({run.val_loss for run in (own, other_data, other_init)}) == 3
     assert one(corpus, seed=1, options=TrainOptions(batch_size=4, eval_batches=2, data_seed=1)).val_loss == own.val_loss
-    data = _Data(corpus, torch.device("cpu"))
+    data = TextData(corpus, torch.device("cpu"))
     orders = [data.order([run_options.order_seed(1)], 20, 4, 16) for run_options in (FAST, TrainOptions(data_seed=5))]
     assert not torch.equal(*orders)
     assert torch.equal(data.order([FAST.order_seed(1)], 20, 4, 16), orders[0])
