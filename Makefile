@@ -1,5 +1,5 @@
 # demo: the picture, trained now (about 2 minutes on two cores)   test: every test   lab: the notebooks in JupyterLab
-# figure: the README's copy of the demo's picture                 lint: ruff         clean: remove what these made
+# figure: the README's pictures                                     lint: ruff         clean: remove what these made
 PYTHON ?= python3
 
 demo: .venv/installed
@@ -13,6 +13,7 @@ lab: .venv/installed
 
 figure: demo
 	cp runs/demo.png docs/demo.png
+	.venv/bin/minimoe coords --parametrization simplep --figure docs/coordinates.png
 
 lint: .venv/installed
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
@@ -20,6 +21,7 @@ lint: .venv/installed
 .venv/installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --disable-pip-version-check -r requirements.lock
+	.venv/bin/python -m pip install --disable-pip-version-check --no-deps mup==1.0.0  # a test's oracle; it asks for torchvision
 	.venv/bin/python -m pip install --disable-pip-version-check --no-deps --editable .
 	touch .venv/installed
 

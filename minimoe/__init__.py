@@ -8,9 +8,10 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOMES = {
+    "coordinates": ("coordinate_check", "exponents", "predicted_exponents", "suspects"),
     "corpus": ("Corpus", "load_corpus", "make_corpus"),
-    "explanations": ("explain",),
-    "figures": ("lr_curves",),
+    "explanations": ("explain", "side_by_side"),
+    "figures": ("coordinate_curves", "lr_curves"),
     "model": ("Config", "MiniMoE", "Output", "check_tokens"),
     "parametrization": (
         "PARAMETRIZATIONS",
@@ -21,6 +22,7 @@ _HOMES = {
         "initialise",
         "param_groups",
         "parameter",
+        "shift",
         "width",
     ),
     "step": ("TrainOptions",),

@@ -1,4 +1,4 @@
-"""The command line: `minimoe demo`, `train`, `sweep`, `report`, `explain`, `sample`."""
+"""The command line: `minimoe demo`, `train`, `sweep`, `report`, `coords`, `explain`, `sample`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from .coordinates import OUTSIDE, ROUTINGS, coordinate_check, exponents, suspects
 from .corpus import load_corpus
-from .explanations import explain
-from .figures import lr_curves
+from .explanations import explain, marked, side_by_side
+from .figures import coordinate_curves, lr_curves
 from .model import Config, MiniMoE
 from .parametrization import PARAMETRIZATIONS
 from .step import TrainOptions
@@ -31,6 +32,7 @@ EPILOG = """\
 examples:
   minimoe demo                                             the picture: loss against learning rate, a curve per width
   minimoe explain --width 512 --parametrization simplep mup    what each rule does to each tensor
+  minimoe coords --parametrization simplep                 which tensors grow with width, and the cell that is to blame
   minimoe sweep --widths 32 64 --lrs 2^-8:2^-4 --seeds 0 1 --store runs/my.jsonl
   minimoe report runs/my.jsonl --figure my.png             optimum, drift and regret of what is in a store
   minimoe train --width 128 --lr 2^-6 --steps 2000 --save model.pt
@@ -117,8 +119,35 @@ def _parser() -> argparse.ArgumentParser:
         help="use these rows only, e.g. steps=200 n_experts=8, where a store holds several sweeps",
     )
 
+    coords = command(
+        "coords",
+        _coords,
+        "check how every tensor and its updates grow with width\n\n"
+        "Prints measured exponents (predicted ones in brackets) and the cells that the check condemns.",
+    )
+    coords.add_argument(
+        "--parametrization",
+        dest="parametrizations",
+        nargs="+",
+        default=["mup"],
+        metavar="NAME",
+        help=f"of {', '.join(PARAMETRIZATIONS)}",
+    )
+    coords.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512])
+    coords.add_argument("--steps", type=int, default=5, help="optimiser steps (default 5)")
+    coords.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    coords.add_argument("--lr", type=_number, default=2.0**-13, help="constant learning rate (default 2^-13)")
+    coords.add_argument("--corpus", default="pydocs", help="pydocs, shakespeare or a UTF-8 text file (default pydocs)")
+    coords.add_argument("--routing", choices=ROUTINGS, default="free", help="see `coordinate_check` (default free)")
+    coords.add_argument("--jobs", type=int, help="processes on a CPU (default: one per core)")
+    coords.add_argument("--device", help="cpu or cuda (default: a GPU when there is one)")
+    coords.add_argument("--csv", metavar="FILE", help="write the whole exponents table here")
+    coords.add_argument("--figure", default="runs/coords.png", metavar="PNG", help="draw it here (default runs/coords.png)")
+    _add_config(coords, without=("parametrization", "width"))
+
     rules = command("explain", _explain, "show a parametrization's table, and what it gives each tensor")
     rules.add_argument("--parametrization", nargs="+", default=["mup"], metavar="NAME", help=f"of {', '.join(PARAMETRIZATIONS)}")
+    rules.add_argument("--lr", type=_number, default=2.0**-6, help="base learning rate of effective_lr (default 2^-6)")
     _add_config(rules, without=("parametrization",))
 
     sample = command("sample", _sample, "let a trained model write")
@@ -282,12 +311,75 @@ def _report(options: argparse.Namespace) -> None:
     _show(frame, options.by, options.figure)
 
 
+def _coords(options: argparse.Namespace) -> None:
+    start = time.perf_counter()
+    frame = coordinate_check(
+        options.parametrizations,
+        options.widths,
+        options.steps,
+        options.seeds,
+        options.lr,
+        options.corpus,
+        routing=options.routing,
+        n_jobs=options.jobs,
+        device=options.device,
+        **_config_fields(options),
+    )
+    table = exponents(frame)
+    blamed = suspects(table, options.activation or Config.activation)
+    for name, rows in table.groupby("parametrization", sort=False):
+        print(f"{name}: exponents in the width, measured (predicted)\n{_exponents_table(rows)}\n")
+        print(_blame(name, rows, blamed[blamed.parametrization == name]), "\n")
+    for path, write in ((options.csv, lambda p: table.to_csv(p, index=False)), (options.figure, _coords_figure(frame))):
+        if path:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            write(path)
+    print(f"{time.perf_counter() - start:.0f} s; figure: {options.figure}")
+
+
+def _coords_figure(frame: pd.DataFrame):
+    return lambda path: coordinate_curves(frame).savefig(path, dpi=120)
+
+
+def _exponents_table(table: pd.DataFrame) -> str:
+    """One row per tensor, for a terminal."""
+    rows = []
+    for (layer, tensor), group in table.groupby(["layer", "tensor"], sort=False):
+        row = {"layer": "" if layer == OUTSIDE else layer, "tensor": tensor}
+        for quantity in ("init", "update", "drift", "change"):
+            for found in group[group.quantity == quantity].itertuples():
+                predicted = "" if math.isnan(found.predicted) else f" ({found.predicted + 0.0:+.1f})"
+                row[quantity] = f"{found.measured:+.2f}{predicted}" if found.verdict != "zero" else "zero"
+        row["alignment"] = group.alignment.max()
+        judged = group[group.verdict.isin(("holds", "explodes", "shrinks"))]
+        broken = [f"{found.quantity} {found.verdict}" for found in judged.itertuples() if found.verdict != "holds"]
+        row["verdict"] = ", ".join(broken) or "holds"
+        row["agrees"] = "yes" if group.agrees.dropna().all() else "no"
+        rows.append(row)
+    return pd.DataFrame(rows).to_string(index=False, na_rep="", float_format="{:.2f}".format)
+
+
+def _blame(name: str, table: pd.DataFrame, blamed: pd.DataFrame) -> str:
+    """What the check says, in plain words."""
+    if blamed.empty:
+        broken = table[table.verdict.isin(("explodes", "shrinks"))]
+        rest = f", but no single cell explains {', '.join(dict.fromkeys(broken.tensor))}" if len(broken) else ""
+        return f"{name}: every weight's own init and update keep muP's desiderata{rest}."
+    lines = [f"{name}: these cells are wrong by a power of the width:"]
+    lines += [f"  {s.role}.{s.cell}: width^{s.power:+.2f} too much ({s.because})" for s in blamed.itertuples()]
+    return "\n".join(lines)
+
+
 def _explain(options: argparse.Namespace) -> None:
-    for name in options.parametrization:
-        config = Config(**_config_fields(options) | {"parametrization": name})
+    configs = [Config(**_config_fields(options) | {"parametrization": name}) for name in options.parametrization]
+    for config in configs:
         print(config.parametrization, "\n")
-        table = explain(config)
-        print(table.to_string(index=False, float_format="{:.4g}".format))
+    if len(configs) > 1:
+        print(marked(side_by_side(configs[0], options.parametrization)))
+        print("\n* not the same in all of them\n")
+    for config in configs:
+        table = explain(config, lr=options.lr)
+        print(table if len(configs) == 1 else "\n".join([f"{config.parametrization.name}:", *table.reasons()]))
         counted = table.groupby("role", sort=False).parameters.sum()
         print(f"\n{counted.sum()} parameters: " + ", ".join(f"{role} {count}" for role, count in counted.items()), "\n")
 

@@ -32,8 +32,8 @@ from torch.nn import functional as F
 
 from .corpus import Corpus, load_corpus
 from .grouped import activated
-from .model import Config, MiniMoE, rms_norm
-from .parametrization import Parametrization, named_roles, numbers
+from .model import Config, MiniMoE, declared, rms_norm
+from .parametrization import Numbers, Parametrization, numbers
 from .step import SingleRun, TrainOptions, whole
 from .sweeps import grid
 from .training import TextData, available_device, check_training, one_thread, windows
@@ -279,12 +279,11 @@ def predicted_exponents(config: Config) -> dict[tuple[str, str], float]:
     direction of its input, and the sum like n^(m + l + f). Norms make every input O(1), but for attention's output
     projection (the values) and the experts' down projections (what the up projections put out).
     """
-    wide = replace(config, width=2 * config.width)
-    (narrow, wide) = ({name: (param.shape, numbers(param, c.parametrization)) for name, param in _params(c)} for c in (config, wide))
+    narrow, wide = (_shapes_and_numbers(c) for c in (config, replace(config, width=2 * config.width)))
 
     def exponents_of(name: str, inherited: float = 0.0) -> tuple[float, float]:
         (shape, now), (wide_shape, then) = narrow[name], wide[name]
-        m, s, l = (_log_ratio(getattr(then, cell), getattr(now, cell)) for cell in ("multiplier", "std", "lr"))  # noqa: E741
+        m, s, l = (_log_ratio(getattr(then, cell), getattr(now, cell)) for cell in ("multiplier", "std", "lr"))
         f = math.log2(wide_shape[-2] / shape[-2])
         return m + s + f / 2 + inherited, m + l + f + inherited
 
@@ -301,12 +300,11 @@ def predicted_exponents(config: Config) -> dict[tuple[str, str], float]:
     predicted["scores", "init"] = found["q"][0] + found["k"][0]
     predicted["moe", "init"] = found["down"][0]  # where the gates' spread shrinks they flatten towards 1 / E: a constant
     predicted["residual", "init"] = max(found[name][0] for name in ("embedding", "o", "down"))
-    return predicted
+    return {key: round(exponent, 9) + 0.0 for key, exponent in predicted.items()}  # a root's rounding; and no -0
 
 
-def _params(config: Config) -> list[tuple[str, nn.Parameter]]:
-    with torch.device("meta"):
-        return list(named_roles(MiniMoE(config)))
+def _shapes_and_numbers(config: Config) -> dict[str, tuple[torch.Size, Numbers]]:
+    return {name: (param.shape, numbers(param, config.parametrization)) for name, param in declared(config).items()}
 
 
 def _log_ratio(after: float, before: float) -> float:

@@ -1,46 +1,303 @@
-"""What a parametrization does to each tensor of a model."""
+"""What a parametrization does to each tensor of a model, ours or another, and why."""
 
 from __future__ import annotations
 
+import math
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from html import escape
+
 import pandas as pd
-import torch
+from torch import nn
 
-from .model import Config, MiniMoE
-from .parametrization import named_roles, numbers
+from .model import Config, MiniMoE, declared
+from .parametrization import PARAMETRIZATIONS, Parametrization, RoleParameter, Rule, numbers
+
+KINDS = {  # of Tensor Programs V, Table 3: which axes grow with the width
+    "input": "its fan_in is fixed, so no sum gets longer",
+    "hidden": "it sums over a growing fan_in, into outputs that grow in number",
+    "output": "it sums over a growing fan_in, into a fixed number of outputs",
+    "fixed": "no axis grows with the width",
+}
+ROLE_OF_KIND = {"input": "embedding", "hidden": "attention", "output": "unembedding"}  # whose row of muP's table applies
+Axes = int | Sequence[int] | None
 
 
-def explain(config: Config) -> pd.DataFrame:
-    """One row per tensor of the model: what the config's table gives it.
+class Explanation(pd.DataFrame):
+    """A data frame that prints its `why` below the numbers, once for all tensors that share it."""
 
-    Columns: name, role, shape, parameters (their number), flops (of its matrix products in one token's forward pass),
-    ratio (fan_in over base fan_in), init_std, multiplier, and lr, eps and weight_decay as factors on the base values.
+    @property
+    def _constructor(self):
+        return pd.DataFrame  # a selection of it is an ordinary frame
+
+    def __repr__(self) -> str:
+        table = pd.DataFrame(self.drop(columns="why")).to_string(index=False, float_format="{:.4g}".format)
+        return "\n".join([table, "", *(textwrap.fill(line, 120, subsequent_indent="    ") for line in self.reasons())])
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        table = pd.DataFrame(self.drop(columns="why")).to_html(index=False, float_format="{:.4g}".format, border=0)
+        return table + "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in self.reasons()) + "</ul>"
+
+    def reasons(self) -> list[str]:
+        """One line per distinct reason, with the tensors it holds for."""
+        by = "role" if "role" in self.columns else "name"
+        return [f"{', '.join(dict.fromkeys(group[by]))}: {why}" for why, group in self.groupby("why", sort=False)]
+
+
+def explain(
+    subject: Config | nn.Module,
+    build: Callable[[], nn.Module] | None = None,
+    *,
+    fan_in: Mapping[str, Axes] | None = None,
+    lr: float = 2.0**-6,
+) -> Explanation:
+    """One row per tensor: what its parametrization gives it, and why.
+
+    subject: a Config or a MiniMoE, explained under its own table. Columns: name, role, kind (of Tensor Programs V, from
+    comparing its shape with that of a wider model), shape, fan_in, parameters (their number), flops (of its matrix products
+    in one token's forward pass), ratio (fan_in over base fan_in), init_std, multiplier, lr (factor on the base LR),
+    effective_lr (what Adam uses at the base LR `lr`), eps and weight_decay (factors) and why.
+
+    Or any other torch module, with `build`, which makes the same model at another width, its base shape: what muP would
+    do. There init_std is a factor on the base model's, and role and flops are left out. Layouts are those of torch's
+    own layers; for a parameter of another class name the axis (or axes) it sums over in `fan_in`, by name or pattern, None
+    for a gain or bias: {"experts.up": 1, "*.norm.weight": None}. Of a stack of experts the expert axis must not grow.
+
+    Raises ValueError, naming the parameter, where the kind is not determined; TypeError for anything else to explain.
     """
-    with torch.device("meta"):
-        model = MiniMoE(config)
+    if isinstance(subject, MiniMoE):
+        subject = subject.config
+    if isinstance(subject, Config):
+        if build is not None or fan_in is not None:
+            raise ValueError("build and fan_in are for modules that are not minimoe's: a Config says all itself")
+        return Explanation(_rows_of_config(subject, lr))
+    if not isinstance(subject, nn.Module):
+        raise TypeError(f"explain takes a Config or a torch.nn.Module, got {type(subject).__name__}")
+    if build is None:
+        raise ValueError("explain needs build, a function that makes the same model at another width")
+    return Explanation(_rows_of_module(subject, build, dict(fan_in or {}), lr))
+
+
+def side_by_side(config: Config, tables: Iterable[str | Parametrization]) -> pd.DataFrame:
+    """The numbers that several tables give to each tensor: columns (cell, table), and ("differs", "") naming the cells in
+    which they are not all the same."""
+    explained = {}
+    for table in tables:
+        one = replace(config, parametrization=table)
+        explained[one.parametrization.name] = explain(one).set_index("name")
+    first = next(iter(explained.values()))
+    columns, differing = {("kind", ""): first.kind, ("shape", ""): first["shape"]}, {name: [] for name in first.index}
+    for cell in ("init_std", "multiplier", "lr", "eps", "weight_decay"):
+        values = pd.DataFrame({name: rows[cell] for name, rows in explained.items()})
+        unequal = values.nunique(axis=1) > 1
+        if cell in ("init_std", "multiplier", "lr") or unequal.any():
+            columns |= {(cell, name): values[name] for name in values}
+        for name in first.index[unequal]:
+            differing[name].append(cell)
+    columns["differs", ""] = pd.Series({name: ", ".join(cells) for name, cells in differing.items()})
+    return pd.DataFrame(columns)
+
+
+def kind(shape: Sequence[int], base: Sequence[int], axes: Sequence[int]) -> str:
+    """input, hidden, output or fixed: which of a tensor's axes differ between two widths, `axes` being its fan_in.
+
+    Raises ValueError if the shapes do not decide it.
+    """
+    if len(shape) != len(base):
+        raise ValueError(f"it has {len(shape)} axes at one width and {len(base)} at the other")
+    ratios = {axis: size / base[axis] for axis, size in enumerate(shape) if size != base[axis]}
+    if min(ratios.values(), default=1) < 1 < max(ratios.values(), default=1):
+        raise ValueError("one axis grows where another shrinks")
+    out = [axis for axis in ratios if axis not in axes]
+    if len(out) > 1:
+        raise ValueError(
+            f"its axes {' and '.join(map(str, out))} both grow: one is fan_out, but a stack of experts must not grow"
+        )
+    summed = any(axis in ratios for axis in axes)
+    return {(True, True): "hidden", (True, False): "output", (False, True): "input", (False, False): "fixed"}[summed, bool(out)]
+
+
+def marked(table: pd.DataFrame) -> str:
+    """A `side_by_side` frame for a terminal, an asterisk at each number that is not the same in every table."""
+    text = pd.DataFrame(index=table.index)
+    for cell, name in table.columns:
+        if cell == "differs":
+            continue
+        text[f"{cell} {name}".strip()] = [
+            (f"{value:.4g}" if isinstance(value, float) else str(value)) + ("*" if cell in differs.split(", ") else "")
+            for value, differs in zip(table[cell, name], table["differs", ""], strict=True)
+        ]
+    return text.to_string()
+
+
+def _why(kind: str, rule: Rule, grows: float) -> str:
+    """In words: what the kind is, and what follows from the rule; fan_in grows like width^grows."""
+    ratios = {"fan_in": 2.0**grows} | dict.fromkeys({name for name in rule.ratios if name != "fan_in"}, 2.0)
+    m, v, l = (
+        math.log2(value) if (value := getattr(rule, cell)(ratios)) else -math.inf for cell in ("multiplier", "init_var", "lr")
+    )
+    init, update = m + v / 2 + grows / 2, m + l + grows
+    allowed = kind == "output" and init <= 0
+    judged = "as muP wants it" if (init == 0 or allowed) and update == 0 else "not as muP wants it"
+    if kind == "fixed":
+        return f"{kind}, {KINDS[kind]}: nothing to change"
+    return f"{kind}, {KINDS[kind]}; its output at init {_growth(init)}, an Adam step's effect on it {_growth(update)}: {judged}"
+
+
+def _growth(power: float) -> str:
+    if power == 0:
+        return "does not depend on width"
+    return f"{'grows' if power > 0 else 'shrinks'} like width^{power:g}"
+
+
+def _rows_of_config(config: Config, lr: float) -> pd.DataFrame:
+    wider = declared(replace(config, width=2 * config.width))
     rows = []
-    for name, param in named_roles(model):
-        cells = numbers(param, config.parametrization)
+    for name, param in declared(config).items():
+        cells, shape, wide = numbers(param, config.parametrization), tuple(param.shape), tuple(wider[name].shape)
+        found = kind(shape, wide, axes=[len(shape) - 2])
+        grows = math.log2(wide[-2] / shape[-2])
         rows.append(
             {
                 "name": name,
                 "role": param.role.name,
-                "shape": tuple(param.shape),
+                "kind": found,
+                "shape": shape,
+                "fan_in": shape[-2],
                 "parameters": param.numel(),
                 "flops": _flops(config, param),
                 "ratio": param.role.ratios["fan_in"],
                 "init_std": cells.std,
                 "multiplier": cells.multiplier,
                 "lr": cells.lr,
+                "effective_lr": lr * cells.lr,
                 "eps": cells.eps,
                 "weight_decay": cells.weight_decay,
+                "why": _why(found, _in_width(config.parametrization[param.role.name]), grows),
             }
         )
     return pd.DataFrame(rows)
 
 
-def _flops(config: Config, param: torch.nn.Parameter) -> int:
+def _in_width(rule: Rule) -> Rule:
+    """The rule with only those ratios that grow with the width."""
+    others = dict.fromkeys(rule.ratios - {"fan_in", "width", "expert_width"}, 1.0)
+    cells = {}
+    for cell in ("init_var", "multiplier", "lr"):
+        monomial = getattr(rule, cell)
+        kept = tuple((name, power) for name, power in monomial.powers if name not in others)
+        cells[cell] = replace(monomial, coefficient=1.0 if monomial.coefficient else 0.0, powers=kept)
+    return Rule(**cells)
+
+
+def _flops(config: Config, param: nn.Parameter) -> int:
     """2 per weight that a token meets: none of an embedding's (it is looked up), the active share of the experts'."""
     if param.role.name == "embedding":
         return 0
     active = config.active_experts if param.ndim == 3 else 1  # stacked experts: (E, fan_in, fan_out)
     return 2 * active * param.shape[-2] * param.shape[-1]
+
+
+def _rows_of_module(module: nn.Module, build: Callable[[], nn.Module], fan_in: dict[str, Axes], lr: float) -> pd.DataFrame:
+    base, owners = dict(build().named_parameters()), _owners(module)
+    names = {names[0][0]: names for names in owners}
+    if set(names) != set(base):
+        only = sorted(set(names) ^ set(base))
+        raise ValueError(f"build makes a model of other parameters: {', '.join(only[:5])}{' ...' if len(only) > 5 else ''}")
+    known = [name for uses in owners for name, *_ in uses]
+    for pattern in fan_in:
+        if not any(fnmatchcase(name, pattern) for name in known):
+            raise ValueError(f"fan_in names {pattern!r}, which no parameter matches")
+    rows = [_row_of_parameter(uses, tuple(base[name].shape), fan_in, lr) for name, uses in names.items()]
+    table = pd.DataFrame(rows)
+    if (table.kind == "fixed").all():
+        raise ValueError("build makes a model of the same shape: give it another width")
+    return table
+
+
+def _owners(module: nn.Module) -> list[list[tuple[str, nn.Module, str, nn.Parameter]]]:
+    """For each parameter all its uses: (name, the module that owns it, its name there, itself). Tied ones have several."""
+    uses: dict[int, list] = {}
+    for path, owner in module.named_modules():
+        for leaf, param in owner._parameters.items():
+            if param is not None:
+                uses.setdefault(id(param), []).append((f"{path}.{leaf}".lstrip("."), owner, leaf, param))
+    return list(uses.values())
+
+
+def _row_of_parameter(uses: list, base: tuple[int, ...], fan_in: dict[str, Axes], lr: float) -> dict:
+    name, _, _, param = uses[0]
+    shape = tuple(param.shape)
+    try:
+        found = {_kind_and_axes(use, base, fan_in) for use in uses}
+        if len({kind for kind, _ in found}) > 1:
+            tied = " and ".join(f"{use[0]} ({_kind_and_axes(use, base, fan_in)[0]})" for use in uses)
+            raise ValueError(f"it is tied and has two kinds: {tied}; muP has no rule for both: untie it, or name its fan_in")
+    except ValueError as error:
+        raise ValueError(f"{name} {shape}: {error}") from None
+    tensor_kind, axes = min(found)
+    size, base_size = (math.prod(sizes[axis] for axis in axes) for sizes in (shape, base))
+    rule = PARAMETRIZATIONS["mup"][ROLE_OF_KIND[tensor_kind]] if tensor_kind in ROLE_OF_KIND else Rule()
+    ratios = {"fan_in": size / base_size}
+    return {
+        "name": name,
+        "kind": tensor_kind,
+        "shape": shape,
+        "fan_in": size,
+        "parameters": param.numel(),
+        "ratio": ratios["fan_in"],
+        "init_std": math.sqrt(rule.init_var(ratios)),
+        "multiplier": rule.multiplier(ratios),
+        "lr": rule.lr(ratios),
+        "effective_lr": lr * rule.lr(ratios),
+        "eps": rule.eps(ratios),
+        "weight_decay": rule.weight_decay(ratios),
+        "why": _why(tensor_kind, rule, grows=float(size != base_size)),
+    }
+
+
+def _kind_and_axes(use: tuple, base: tuple[int, ...], fan_in: dict[str, Axes]) -> tuple[str, tuple[int, ...]]:
+    name, owner, leaf, param = use
+    shape = tuple(param.shape)
+    if shape == base:
+        return "fixed", ()
+    given = [axes for pattern, axes in fan_in.items() if fnmatchcase(name, pattern)]
+    axes = _normal(given[0], param.ndim) if given else _layout(owner, leaf, param)
+    if axes is None:
+        raise ValueError(
+            f"a parameter of {type(owner).__name__}, whose layout is not known: name the axis it sums over, "
+            f"fan_in={{{name!r}: 0}}, or None if it is a gain or bias"
+        )
+    return kind(shape, base, axes), axes
+
+
+def _normal(axes: Axes, ndim: int) -> tuple[int, ...]:
+    axes = () if axes is None else (axes,) if isinstance(axes, int) else tuple(axes)
+    if any(not -ndim <= axis < ndim for axis in axes):
+        raise ValueError(f"fan_in={axes}: it has {ndim} axes")
+    return tuple(sorted(axis % ndim for axis in axes))
+
+
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+
+
+def _layout(owner: nn.Module, leaf: str, param: nn.Parameter) -> tuple[int, ...] | None:
+    """The axes that a parameter of one of torch's own layers sums over; () for gains and biases, None if unknown."""
+    if isinstance(param, RoleParameter):
+        return (param.ndim - 2,)
+    if isinstance(owner, nn.Embedding | nn.EmbeddingBag) and leaf == "weight":
+        return (0,)  # (vocabulary, width), looked up by row
+    if isinstance(owner, nn.Linear | nn.MultiheadAttention) and leaf.endswith("weight"):
+        return (1,)  # (out, in)
+    if isinstance(owner, nn.modules.conv._ConvTransposeNd) and leaf == "weight":
+        return (0, *range(2, param.ndim))  # (in, out, *kernel)
+    if isinstance(owner, nn.modules.conv._ConvNd) and leaf == "weight":
+        return tuple(range(1, param.ndim))  # (out, in, *kernel)
+    layers = (nn.Linear, nn.MultiheadAttention, nn.modules.conv._ConvNd)
+    if isinstance(owner, NORMS) or (isinstance(owner, layers) and leaf in ("bias", "in_proj_bias")):
+        return ()
+    return None

@@ -10,11 +10,14 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
+from .coordinates import OUTSIDE, TENSORS, exponents
 from .transfer import mean_losses, optimum, transfer_report
 
 MARKERS = "osD^vPX<>h"
+ALERT, QUIET = "#c1121f", "#333333"  # broken, and not
 OFF_SCALE = 1.2  # nats above the best loss at which the picture ends
 
 
@@ -106,3 +109,87 @@ def _label_octaves(axes: Axes, lrs: list[float]) -> None:
     axes.xaxis.set_major_locator(FixedLocator([2.0**octave for octave in octaves]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda lr, _: f"$2^{{{round(math.log2(lr))}}}$"))
     axes.minorticks_off()
+
+
+def coordinate_curves(frame: pd.DataFrame, layer: int | None = None) -> Figure:
+    """A coordinate check as small multiples: a panel per tensor, how its RMS grows with width, relative to the smallest.
+
+    frame: from `coordinate_check`; each parametrization gets two rows of panels. Dark: the output at init; blue, a line
+    per step: the update (change, where a tensor is no weight's own). Dashed: the predicted slopes. Red: what the verdict
+    condemns. layer: the blocks' layer to show (default: of each tensor the one with the largest violation or deviation).
+    Raises ValueError as `exponents` does, or for a layer that the frame does not have.
+    """
+    if layer is not None and layer not in set(frame.layer) - {OUTSIDE}:
+        raise ValueError(f"layer={layer!r}: the frame has {sorted(set(frame.layer) - {OUTSIDE})}")
+    table = exponents(frame)
+    names = list(dict.fromkeys(frame.parametrization))
+    means = frame.assign(rms=np.log2(frame.rms.where(frame.rms > 0)))
+    means = means.groupby(["parametrization", "layer", "tensor", "quantity", "step", "width"]).rms.mean()
+    means = means - means.groupby(level=[0, 1, 2, 3, 4]).transform("first")  # levels are sorted: the smallest width's
+    figure = Figure(figsize=(12.5, 4.9 * len(names)), layout="constrained")
+    for part, name in zip(np.atleast_1d(figure.subfigures(len(names), 1)), names, strict=True):
+        part.suptitle(f"{name}: growth with width", fontsize=12)
+        panels = part.subplots(2, 6, sharex=True, sharey=True).flat
+        own = table[table.parametrization == name]
+        for axes, tensor in zip(panels, TENSORS, strict=True):
+            rows = own[(own.tensor == tensor) & ((own.layer == layer) | (own.layer == OUTSIDE) | (layer is None))]
+            if rows.empty:  # a dense model has no router
+                axes.set_axis_off()
+            else:
+                _draw_tensor(axes, rows, means[name])
+        for axes in part.axes:
+            axes.set_xlabel("width", fontsize=9)
+            axes.label_outer()
+        part.supylabel("RMS / RMS at the smallest width", fontsize=9)
+        _coordinate_legend(part, sorted(set(frame.step) - {0}))
+    shown = [axes for part in figure.subfigs for axes in part.axes if axes.axison]
+    low, high = (f(axes.get_ylim()[i] for axes in shown) for i, f in enumerate((min, max)))
+    for axes in shown:
+        axes.set_ylim(min(low, 1 / 4), max(high, 4))  # the same for all, and flat is seen to be flat
+    return figure
+
+
+def _draw_tensor(axes: Axes, rows: pd.DataFrame, means: pd.Series) -> None:
+    """One tensor's panel, at the layer where it looks worst."""
+    broken = rows.verdict.isin(("explodes", "shrinks"))
+    off = (rows.measured - rows.predicted).abs().fillna(0) + 100 * broken
+    rows = rows[rows.layer == rows.loc[off.idxmax(), "layer"]].set_index("quantity")
+    layer, tensor = rows.layer.iloc[0], rows.tensor.iloc[0]
+    moved = "update" if "update" in rows.index else "change"
+    said = []
+    for quantity in ("init", moved):
+        row = rows.loc[quantity]
+        alert = row.verdict in ("explodes", "shrinks")
+        curves = means[layer, tensor, quantity].unstack("width")  # a row per step, log2
+        if curves.notna().all(axis=None):
+            shades = [QUIET] if quantity == "init" else sns.color_palette("Blues", len(curves) + 2)[2:]
+            for shade, (_, curve) in zip(shades, curves.iterrows(), strict=True):
+                last = curve.name == curves.index[-1]
+                color = ALERT if alert and last else shade
+                axes.plot(curve.index, 2.0**curve, color=color, linewidth=2 if last else 1.2, marker="o", markersize=3)
+            if not math.isnan(row.predicted):
+                widths = curves.columns.to_numpy(float)
+                expected = (widths / widths[0]) ** row.predicted
+                axes.plot(widths, expected, "--", color="black", linewidth=1, zorder=5)
+        word = f" {row.verdict}" if row.verdict in ("explodes", "shrinks", "zero") else ""
+        said.append((f"{quantity} {row.measured:+.2f}{word}", alert))
+    place = "" if layer == OUTSIDE else f", layer {layer}"
+    axes.set_title(f"{tensor}{place}\n" + "\n".join(text for text, _ in said), fontsize=9)
+    if any(alert for _, alert in said):
+        axes.title.set_color(ALERT)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda width, _: f"{width:g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda growth, _: f"{growth:g}" if growth >= 1 else f"1/{1 / growth:g}"))
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25)
+
+
+def _coordinate_legend(part, steps: list[int]) -> None:
+    blues = sns.color_palette("Blues", len(steps) + 2)[2:]
+    lines = [Line2D([], [], color=QUIET, marker="o", markersize=3, label="init")]
+    shown = sorted({0, len(steps) - 1})
+    lines += [Line2D([], [], color=blues[i], marker="o", markersize=3, label=f"update, step {steps[i]}") for i in shown]
+    lines += [Line2D([], [], color="black", linestyle="--", label="predicted")]
+    lines += [Line2D([], [], color=ALERT, linewidth=2, label="breaks muP's desiderata")]
+    part.legend(handles=lines, loc="outside lower right", ncols=len(lines), frameon=False, fontsize=8)

@@ -25,7 +25,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .grouped import activated, attention, expert_mixture
-from .parametrization import Parametrization, RoleParameter, initialise, param_groups, parameter, parametrization
+from .parametrization import (
+    Parametrization,
+    RoleParameter,
+    initialise,
+    named_roles,
+    param_groups,
+    parameter,
+    parametrization,
+)
 
 ACTIVATIONS = ("relu", "gelu", "swiglu")
 ROLES = ("embedding", "unembedding", "attention", "experts_up", "experts_down", "router")  # what a table must cover
@@ -318,6 +326,12 @@ class MiniMoE(nn.Module):
         except Exception as error:  # whatever torch says of a file that is not one
             raise ValueError(f"{path} is not a model saved by minimoe ({type(error).__name__}: {error})") from error
         return model
+
+
+def declared(config: Config) -> dict[str, RoleParameter]:
+    """name -> parameter of the config's model, with shape and role but no values: it costs no memory."""
+    with torch.device("meta"):
+        return dict(named_roles(MiniMoE(config)))
 
 
 def check_tokens(tokens: Tensor, vocab_size: int) -> None:

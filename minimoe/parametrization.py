@@ -276,6 +276,21 @@ def parametrization(table: str | Parametrization) -> Parametrization:
     return PARAMETRIZATIONS[table]
 
 
+def shift(table: str | Parametrization, role: str, t: Monomial | float, name: str | None = None) -> Parametrization:
+    """The same training in another notation: the role's multiplier times t, init std and LR over t.
+
+    Adam cannot tell (the abc symmetry, Tensor Programs V, appendix J.2.1): the effective weight starts where it did, and
+    moves as far. Gradients become t times as large, so epsilon does too; weight decay is t times as large because Adam
+    multiplies it by the LR. Clipping by the norm of the gradient would tell. t: a number, or a monomial such as `fan_in`.
+    """
+    table, t = parametrization(table), as_monomial(t)
+    if t.coefficient == 0:
+        raise ValueError("t must not be 0")
+    rule = table[role]
+    changed = {"init_var": rule.init_var / t**2, "multiplier": rule.multiplier * t, "lr": rule.lr / t}
+    return table.replace(role, name, **changed, eps=rule.eps * t, weight_decay=rule.weight_decay * t)
+
+
 def require_distinct_names(tables: Iterable[Parametrization]) -> None:
     """Raise ValueError if two different tables carry one name: rows are told apart by it."""
     first: dict[str, Parametrization] = {}

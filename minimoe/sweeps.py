@@ -25,12 +25,11 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tqdm.auto import tqdm
 
 from .corpus import Corpus, load_corpus
-from .model import BASED, Config, MiniMoE, config_from_dict, config_to_dict
+from .model import BASED, Config, config_from_dict, config_to_dict, declared
 from .parametrization import (
     PARAMETRIZATIONS,
     Numbers,
     Parametrization,
-    named_roles,
     numbers,
     parametrization,
     require_distinct_names,
@@ -172,9 +171,7 @@ def grid(widths, parametrizations, lrs, seeds, vocab_size: int, config_fields: d
 @lru_cache(maxsize=4096)
 def tensor_numbers(config: Config) -> dict[str, Numbers]:
     """name -> evaluated numbers, for each of the model's tensors."""
-    with torch.device("meta"):
-        model = MiniMoE(config)
-    return {name: numbers(param, config.parametrization) for name, param in named_roles(model)}
+    return {name: numbers(param, config.parametrization) for name, param in declared(config).items()}
 
 
 def run_key(config: Config, lr: float, steps: int, options: TrainOptions, corpus_digest: str) -> str:

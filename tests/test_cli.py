@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 
 from minimoe.__main__ import _numbers, main
@@ -44,10 +45,40 @@ def test_explain_prints_table_and_tensors(capsys):
     assert main(["explain", "--width", "128", "--parametrization", "simplep", "mup"]) == 0
     out = capsys.readouterr().out
     assert "1/fan_in" in out
-    assert out.count("blocks.1.moe.router") == 2
+    router = next(line for line in out.splitlines() if line.startswith("blocks.1.moe.router"))
+    assert router.count("*") == 4  # init std and multiplier, in both
+    assert "not as muP wants it" in out  # SimpleP's router
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["sweep"], ["report"], ["explain"], ["sample"]])
+def test_coords_prints_exponents_and_names_the_wrong_cell(tmp_path, text, capsys):
+    figure, csv = tmp_path / "coords.png", tmp_path / "coords.csv"
+    small = [
+        "--widths",
+        "32",
+        "64",
+        "128",
+        "--steps",
+        "2",
+        "--seeds",
+        "0",
+        "1",
+        "--jobs",
+        "1",
+        "--corpus",
+        text,
+        "--context",
+        "16",
+    ]
+    outputs = ["--figure", str(figure), "--csv", str(csv)]
+    assert main(["coords", "--parametrization", "mup", "simplep", *small, *outputs]) == 0
+    out = capsys.readouterr().out
+    assert "mup: every weight's own init and update keep muP's desiderata" in out
+    assert "router.lr: width^+" in out
+    assert figure.stat().st_size > 10_000
+    assert set(pd.read_csv(csv).parametrization) == {"mup", "simplep"}
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["sweep"], ["report"], ["coords"], ["explain"], ["sample"]])
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as done:
         main([*command, "--help"])
@@ -73,6 +104,7 @@ def test_help_teaches(command, capsys):
         (["report", "missing.jsonl"], "no run store at missing.jsonl"),
         (["sample", "missing.pt"], "missing.pt"),
         (["explain", "--granularity", "3"], "granularity=3"),
+        (["coords", "--widths", "64"], "a slope over the width needs at least two"),
         (["train", "--device", "tpu"], "device='tpu' is not available here"),
         (["train", "--save", "no/such/folder/model.pt"], "--save no/such/folder/model.pt: its folder does not exist"),
     ],

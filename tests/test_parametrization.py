@@ -21,6 +21,7 @@ from minimoe import (
     initialise,
     param_groups,
     parameter,
+    shift,
     width,
 )
 from minimoe.parametrization import named_roles
@@ -281,3 +282,51 @@ def test_roles_survive_copies():
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert [p.role for _, p in named_roles(copied)] == [p.role for _, p in named_roles(model)]
         assert len(copied.param_groups(0.1)) == len(model.param_groups(0.1))
+
+
+def trained_in_double(table, steps=20):
+    """Logits after some AdamW steps in float64, weight decay on, clipping off."""
+    config = Config(table, width=64, depth=1, n_experts=4, context=8, vocab_size=20, z_weight=0.01)
+    model = MiniMoE(config).double()
+    initialise(model, table, seed=0)  # again, in double: a cast would keep float32's rounding
+    optimizer = torch.optim.AdamW(model.param_groups(lr=2**-6, eps=1e-3, weight_decay=0.1), betas=(0.9, 0.95))
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        batch = torch.randint(20, (4, 9), generator=draw)
+        out = model(batch[:, :-1])
+        loss = nn.functional.cross_entropy(out.logits.flatten(0, 1), batch[:, 1:].flatten()) + 0.01 * out.balance_loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model(batch[:, :-1]).logits.detach()
+
+
+@pytest.mark.parametrize("role", PARAMETRIZATIONS["mup"].roles)
+@pytest.mark.parametrize("t", [3.0, 1 / fan_in**0.5, width])
+def test_abc_symmetry_leaves_training_unchanged(role, t):
+    table = PARAMETRIZATIONS["mup"]
+    shifted = shift(table, role, t)
+    if t == 3.0 or role != "embedding" or t == width:  # an embedding's fan_in never grows
+        assert shifted != table
+    expected = trained_in_double("mup")
+    torch.testing.assert_close(trained_in_double(shifted), expected, rtol=0, atol=1e-9)
+    half = table.replace(role, lr=table[role].lr / 2)  # and what training can tell, it does tell
+    assert (trained_in_double(half) - expected).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("cell", ["eps", "weight_decay"])
+def test_abc_symmetry_needs_epsilon_and_weight_decay(cell):
+    shifted = shift("mup", "router", 3.0)
+    without = shifted.replace("router", **{cell: 1})
+    assert (trained_in_double(without) - trained_in_double("mup")).abs().max() > 1e-6
+
+
+def test_shift_is_undone_by_its_inverse():
+    table = PARAMETRIZATIONS["mup"]
+    there = shift(table, "router", fan_in, name="there")
+    assert there["router"].multiplier == Rule(multiplier=1).multiplier  # SP's multiplier, in another notation
+    assert shift(there, "router", 1 / fan_in, name="mup") == table
+    with pytest.raises(ValueError, match="t must not be 0"):
+        shift("mup", "router", 0)
+    with pytest.raises(KeyError, match="no role 'gate'"):
+        shift("mup", "gate", 2)

@@ -1,0 +1,306 @@
+"""The coordinate check: its quantities against their definitions, what must come out, and a wrong cell in every place."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from minimoe import PARAMETRIZATIONS, Config, MiniMoE, coordinate_check, coordinate_curves, exponents, fan_in, suspects, width
+from minimoe.coordinates import OUTPUTS, ROLES_OF, TENSORS, TOLERANCE, _at_init, _since, observed, predicted_exponents
+from minimoe.sweeps import tensor_numbers
+
+TINY = {"widths": (32, 64), "steps": 2, "seeds": (0,), "n_jobs": 1, "context": 16, "n_experts": 4}
+MUP = PARAMETRIZATIONS["mup"]
+FIXED = PARAMETRIZATIONS["simplep"].replace("router", lr=1 / fan_in)
+
+
+@pytest.fixture(scope="module")
+def tables(pydocs):
+    """The exponents at moderate widths: what each parametrization does to each tensor."""
+    frame = coordinate_check(["sp", "simplep", "mup", FIXED], widths=(64, 128, 256), steps=4, seeds=(0, 1, 2), corpus=pydocs)
+    return dict(list(exponents(frame).groupby("parametrization")))
+
+
+def measured(table, tensor, quantity):
+    return table[(table.tensor == tensor) & (table.quantity == quantity)].measured.to_numpy()
+
+
+def test_theory_describes_every_weight_of_every_parametrization(tables):
+    for table in tables.values():
+        predicted = table[table.predicted.notna()]
+        assert len(predicted) == 6 + 2 * 17 - 2  # embedding and logits; per layer 7 weights twice and 3 activations once
+        assert predicted.agrees.all(), predicted[~predicted.agrees]
+
+
+def test_mup_holds_everywhere(tables):
+    table = tables["mup"]
+    judged = table[table.verdict != "unjudged"]
+    assert set(judged.verdict) == {"holds", "zero"}
+    assert np.abs(measured(table, "router", "update")).max() <= TOLERANCE
+    assert measured(table, "router", "init") == pytest.approx([-0.5, -0.5], abs=0.15)
+    assert measured(table, "logits", "init") == pytest.approx([-0.5], abs=0.1)
+
+
+def test_sp_updates_grow(tables):
+    table = tables["sp"]
+    grown = set(table[(table.quantity == "update") & (table.verdict == "explodes")].tensor)
+    assert grown == set(ROLES_OF) - {"embedding"}
+    assert set(table[table.quantity == "init"].verdict) == {"holds"}
+
+
+def test_simplep_grows_in_the_router_alone_and_a_smaller_lr_mends_it(tables):
+    table = tables["simplep"]
+    broken = table[table.verdict.isin(("explodes", "shrinks"))]
+    assert set(zip(broken.tensor, broken.quantity, strict=True)) == {("router", "update")}
+    assert measured(table, "router", "update") == pytest.approx([1, 1], abs=TOLERANCE)
+    assert set(tables[FIXED.name].verdict) <= {"holds", "unjudged", "zero"}
+
+
+def test_the_sum_would_misjudge_the_router(tables):
+    """What other tools show lies between update and drift, and reads like neither."""
+    for name in ("mup", "simplep"):
+        drift, change, update = (measured(tables[name], "router", q) for q in ("drift", "change", "update"))
+        assert (drift < change).all()
+        assert (change < update + 0.02).all()
+
+
+def test_suspects_name_what_is_wrong_with_the_published_tables(tables):
+    found = {name: suspects(table) for name, table in tables.items()}
+    assert found["mup"].empty
+    assert found[FIXED.name].empty
+    assert found["simplep"][["role", "cell"]].to_numpy().tolist() == [["router", "lr"]]
+    assert set(found["sp"].cell) == {"lr"}
+    assert set(found["sp"].role) == set(MUP.roles) - {"embedding"}
+    assert found["sp"].power.to_numpy() == pytest.approx(np.ones(5), abs=TOLERANCE)
+
+
+def mutants():
+    """Every cell of muP's table made wrong: 1 where it is not, 1 / width where it is 1."""
+    for role in MUP.roles:
+        for cell in ("init_var", "multiplier", "lr"):
+            right = getattr(MUP[role], cell)
+            yield role, cell, MUP.replace(role, **{cell: 1 if right.powers else 1 / width})
+
+
+@pytest.fixture(scope="module")
+def mutants_frame(pydocs):
+    tables = [mutant for _, _, mutant in mutants()]
+    return coordinate_check(tables, widths=(64, 128, 256), steps=4, seeds=(0, 1), corpus=pydocs)
+
+
+@pytest.mark.parametrize(("role", "cell", "mutant"), list(mutants()), ids=lambda value: value if isinstance(value, str) else "")
+def test_every_wrong_cell_is_caught(role, cell, mutant, mutants_frame):
+    assert tensor_numbers(Config(mutant, width=256)) != tensor_numbers(Config(width=256))  # else it is no mutant
+    frame = mutants_frame[mutants_frame.parametrization == mutant.name]
+    own = exponents(frame)
+    against_mup = exponents(frame, expected=predicted_exponents(Config("mup")))
+    of_role = own.tensor.map(ROLES_OF.get) == role
+    condemned = own[of_role & own.verdict.isin(("explodes", "shrinks"))]
+    assert not against_mup[of_role & (against_mup.agrees == False)].empty  # noqa: E712 (missing values)
+    blamed = suspects(own)
+    if (role, cell) in (("router", "init_var"), ("unembedding", "init_var")):  # smaller than need be, which is allowed
+        assert condemned.empty
+        assert blamed.empty
+    else:
+        assert not condemned.empty
+        assert blamed.iloc[0][["role", "cell"]].tolist() == [role, cell]  # the first suspect is the culprit
+
+
+def test_quantities_are_what_they_are_called(corpus):
+    """Against the model's own outputs: what the split says must add up to what the forward pass does."""
+    torch.manual_seed(0)
+    start = MiniMoE(Config(width=32, depth=1, vocab_size=corpus.vocab_size, seed=0))
+    now = MiniMoE(Config(width=32, depth=1, vocab_size=corpus.vocab_size, seed=0))
+    with torch.no_grad():
+        for param in now.parameters():
+            param.add_(0.02 * torch.randn_like(param))
+    tokens = torch.from_numpy(np.ascontiguousarray(corpus.val[: 8 * 16])).long().view(8, 16)
+    seen = [observed(model, tokens) for model in (start, now)]
+    at_init = {(r["tensor"], r["quantity"]): r["rms"] for r in _at_init(seen[0])}
+    since = {(r["tensor"], r["quantity"]): r["rms"] for r in _since(*seen)}
+    alignment = {r["tensor"]: r["alignment"] for r in _since(*seen) if r["quantity"] == "update"}
+
+    def rms(x):
+        return x.square().mean().sqrt().item()
+
+    before, after = start(tokens), now(tokens)
+    assert at_init["logits", "init"] == pytest.approx(rms(before.logits), rel=1e-5)
+    assert at_init["router", "init"] == pytest.approx(rms(before.router_logits), rel=1e-5)
+    assert since["logits", "change"] == pytest.approx(rms(after.logits - before.logits), rel=1e-4)
+    assert since["router", "change"] == pytest.approx(rms(after.router_logits - before.router_logits), rel=1e-4)
+    assert "embedding" in alignment
+    assert since["embedding", "drift"] == 0
+    assert since["embedding", "change"] == since["embedding", "update"]
+    assert all(0 < value <= 1 for value in alignment.values())
+    # an expert's outputs, token by token
+    moe0, moe = start.blocks[0].moe, now.blocks[0].moe
+    x0, x = (s.inputs[0, "up"] for s in seen)
+    ups, downs = [], []
+    for token, experts in enumerate(seen[1].experts[0]):
+        for e in experts:
+            h0, h = torch.relu(x0[token] @ moe0.up[e]), torch.relu(x[token] @ moe.up[e])
+            ups.append(x[token] @ (moe.up[e] - moe0.up[e]))
+            downs.append((h - h0) @ moe0.down[e])
+    assert since["up", "update"] == pytest.approx(rms(torch.stack(ups)), rel=1e-5)
+    assert since["down", "drift"] == pytest.approx(rms(torch.stack(downs)), rel=1e-4)
+
+
+def test_observing_changes_nothing_and_leaves_no_hooks(corpus):
+    model = MiniMoE(Config(width=32, vocab_size=corpus.vocab_size))
+    tokens = torch.zeros(2, 8, dtype=torch.int64)
+    before = model(tokens).logits
+    observed(model, tokens)
+    assert torch.equal(model(tokens).logits, before)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_frozen_routing_keeps_the_initial_choice(corpus, monkeypatch):
+    seen = []
+    real = observed
+
+    def recording(model, tokens):
+        seen.append((id(model), real(model, tokens)))
+        return seen[-1][1]
+
+    monkeypatch.setattr("minimoe.coordinates.observed", recording)
+    coordinate_check("mup", corpus=corpus, routing="frozen", lr=2.0**-3, **TINY)
+    first, last = seen[0][1], seen[4][1]  # of width 64: at init; (batch, probe) per step
+    assert all(torch.equal(a, b) for a, b in zip(first.experts, last.experts, strict=True))
+    seen.clear()
+    coordinate_check("mup", corpus=corpus, routing="free", lr=2.0**-3, **TINY)
+    assert not all(torch.equal(a, b) for a, b in zip(seen[0][1].experts, seen[2][1].experts, strict=True))
+
+
+def test_forced_routing_goes_round(corpus):
+    frame = coordinate_check("mup", corpus=corpus, routing="forced", **TINY)
+    assert set(frame.tensor) == set(TENSORS)
+
+
+def test_frame_is_tidy_and_repeats(corpus):
+    frame = coordinate_check(["mup", "sp"], corpus=corpus, **TINY)
+    labels = ["parametrization", "width", "seed", "step", "layer", "tensor", "quantity"]
+    assert list(frame.columns) == [*labels, "rms", "alignment", "predicted"]
+    assert not frame.duplicated(labels).any()
+    assert set(frame[frame.step == 0].quantity) == {"init"}
+    again = coordinate_check(["mup", "sp"], corpus=corpus, **TINY | {"n_jobs": 2})
+    pd.testing.assert_frame_equal(frame, again)  # in any number of processes
+
+
+def test_a_zero_has_no_slope_and_says_so(corpus):
+    silent = MUP.replace("unembedding", init_var=0)
+    table = exponents(coordinate_check(silent, corpus=corpus, **TINY))
+    row = table[(table.tensor == "logits") & (table.quantity == "init")].iloc[0]
+    assert row.verdict == "zero"
+    assert math.isnan(row.measured)
+
+
+def test_a_dense_model_has_no_router(corpus):
+    frame = coordinate_check("mup", corpus=corpus, **TINY | {"n_experts": 1, "top_k": 1})
+    assert set(TENSORS) - set(frame.tensor) == {"router"}
+    coordinate_curves(frame)
+
+
+def test_predictions_of_the_built_in_tables_by_hand():
+    def predicted(table, **fields):
+        return predicted_exponents(Config(table, **fields))
+
+    hidden = ("q", "k", "v", "o", "up", "down")
+    for table, update, router, logits in (
+        ("sp", 1, (0, 1), (0, 1)),
+        ("simplep", 0, (0, 1), (-0.5, 0)),
+        ("mup", 0, (-0.5, 0), (-0.5, 0)),
+    ):
+        found = predicted(table)
+        assert {found[tensor, "init"] for tensor in hidden} == {0}
+        assert {found[tensor, "update"] for tensor in hidden} == {update}
+        assert (found["router", "init"], found["router", "update"]) == router
+        assert (found["logits", "init"], found["logits", "update"]) == logits
+        assert (found["embedding", "init"], found["embedding", "update"]) == (0, 0)
+        assert found["scores", "init"] == found["moe", "init"] == found["residual", "init"] == 0
+    grown = MUP.replace("experts_up", init_var=1)  # the hidden values grow, and the down projection inherits that
+    assert predicted(grown)["down", "init"] == predicted(grown)["down", "update"] == 0.5
+    assert predicted(grown, activation="swiglu")["down", "init"] == 1  # a product of two
+    by_width = MUP.replace("embedding", lr=1 / width)
+    assert predicted(by_width)["embedding", "update"] == -1
+
+
+def synthetic(slopes, widths=(64, 128, 256), seeds=(0, 1)):
+    rows = [
+        {"parametrization": "t", "width": w, "seed": s, "step": step, "layer": 0, "tensor": tensor, "quantity": quantity,
+         "rms": (1 + 0.01 * s) * w**slope, "alignment": 0.5, "predicted": 0.0}
+        for (tensor, quantity), slope in slopes.items()
+        for w in widths for s in seeds for step in ([0] if quantity == "init" else [1, 2])
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_slopes_errors_and_verdicts_of_known_powers():
+    slopes = {("q", "init"): 0.5, ("q", "update"): -0.1, ("router", "init"): -0.5, ("router", "update"): -0.5, ("up", "drift"): 3}
+    table = exponents(synthetic(slopes)).set_index(["tensor", "quantity"])
+    for key, slope in slopes.items():
+        assert table.measured[key] == pytest.approx(slope, abs=1e-9)
+    assert table.verdict.to_dict() == {
+        ("q", "init"): "explodes",
+        ("q", "update"): "holds",
+        ("router", "init"): "holds",  # output-type: may shrink
+        ("router", "update"): "shrinks",
+        ("up", "drift"): "unjudged",
+    }
+    assert table.agrees["q", "update"]
+    assert not table.agrees["q", "init"]
+    x = np.log2(np.repeat([64, 128, 256], 2))  # the textbook standard error of a slope
+    y = np.tile(np.log2([1, 1.01]), 3)
+    residual = y - y.mean()
+    assert table.stderr["q", "init"] == pytest.approx(math.sqrt((residual**2).sum() / 4 / ((x - x.mean()) ** 2).sum()))
+
+
+def test_output_type_tensors_may_shrink_at_init_but_not_grow():
+    for tensor in OUTPUTS:
+        table = exponents(synthetic({(tensor, "init"): 0.5, (tensor, "update"): 0.0}))
+        assert table.verdict.tolist() == ["explodes", "holds"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"widths": (64,)}, "a slope over the width needs at least two"),
+        ({"routing": "free-range"}, "routing='free-range': must be one of free, forced, frozen"),
+        ({"lr": 0.0}, "lr=0.0: must be positive"),
+        ({"steps": 0}, "steps=0: must be a positive integer"),
+        ({"n_jobs": 0}, "n_jobs=0"),
+        ({"parametrization": "ntk"}, "unknown parametrization 'ntk'"),
+        ({"widths": (32, 40)}, "width=40: must be a multiple of head_size=16"),
+        ({"seeds": ()}, "seeds is empty"),
+    ],
+)
+def test_bad_input(arguments, message, corpus):
+    with pytest.raises(ValueError, match=message):
+        coordinate_check(**{"corpus": corpus, **TINY, **arguments})
+
+
+def test_bad_frames(corpus):
+    frame = synthetic({("q", "init"): 0.5, ("q", "update"): 0.5})
+    with pytest.raises(ValueError, match="needs at least two"):
+        exponents(frame[frame.width == 64])
+    with pytest.raises(ValueError, match="step=3: the frame has the steps 1 to 2"):
+        exponents(frame, step=3)
+
+
+def test_figure_shows_every_tensor_and_colours_what_is_broken(corpus):
+    frame = coordinate_check(["mup", "sp"], corpus=corpus, **TINY)
+    table = exponents(frame)
+    figure = coordinate_curves(frame)
+    for part, name in zip(figure.subfigs, ("mup", "sp"), strict=True):
+        assert name in part.get_suptitle()
+        titles = {axes.get_title().split("\n")[0].split(",")[0]: axes for axes in part.axes}
+        assert list(titles) == list(TENSORS)
+        own = table[table.parametrization == name]
+        for tensor, axes in titles.items():
+            broken = own[own.tensor == tensor].verdict.isin(("explodes", "shrinks")).any()
+            assert (axes.title.get_color() == "#c1121f") == broken
+            assert axes.get_ylim() == part.axes[0].get_ylim()  # flat is seen to be flat
+    coordinate_curves(frame[frame.parametrization == "sp"], layer=1)
+    with pytest.raises(ValueError, match="layer=7"):
+        coordinate_curves(frame, layer=7)
