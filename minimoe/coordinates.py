@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -109,8 +110,10 @@ def coordinate_check(
     longest_first = sorted(cells, key=lambda cell: -cell[0].width)
     jobs = (joblib.delayed(_measured_run)(*cell, steps, corpus, device, options, routing) for cell in longest_first)
     n_jobs = min(n_jobs or joblib.cpu_count(), len(cells)) if device.type == "cpu" else 1
-    with joblib.parallel_config("loky", inner_max_num_threads=1) if n_jobs > 1 else joblib.parallel_config("sequential"):
-        measured = dict(zip(longest_first, joblib.Parallel(n_jobs)(jobs), strict=True))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "A worker stopped while some jobs")  # a wide model is no memory leak
+        with joblib.parallel_config("loky", inner_max_num_threads=1) if n_jobs > 1 else joblib.parallel_config("sequential"):
+            measured = dict(zip(longest_first, joblib.Parallel(n_jobs)(jobs), strict=True))
     return pd.DataFrame([row for cell in cells for row in measured[cell]])
 
 
