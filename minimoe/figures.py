@@ -11,9 +11,10 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
-from .coordinates import OUTSIDE, TENSORS, exponents
+from .coordinates import OUTPUTS, OUTSIDE, TENSORS, TOLERANCE, exponents
 from .transfer import mean_losses, optimum, transfer_report
 
 MARKERS = "osD^vPX<>h"
@@ -34,12 +35,20 @@ def styles(values: Iterable[float], by: str = "width") -> dict[float, dict]:
     return {v: {"color": sns.color_palette("colorblind")[step], "marker": MARKERS[step]} for v, step in steps.items()}
 
 
-def lr_curves(frame: pd.DataFrame, by: str = "width", loss: str = "val_loss") -> Figure:
+def lr_curves(
+    frame: pd.DataFrame,
+    by: str = "width",
+    loss: str = "val_loss",
+    *,
+    minima: bool = True,
+    my_lr: float | None = None,
+    live: pd.DataFrame | None = None,
+) -> Figure:
     """Loss against learning rate: a panel per parametrization, a curve per value of `by`, minima marked.
 
     frame: as `sweep` returns it. Curves are means over seeds, with a band of one standard deviation. A star and a dotted
-    line mark each optimum (hollow: on the grid's edge); a cross at the top is a run that diverged or lies above. Raises
-    ValueError as `mean_losses` does.
+    line mark each optimum (hollow: on the grid's edge); a cross at the top is a run that diverged or lies above. my_lr: an
+    LR to mark in every panel. live: another sweep's frame, drawn dashed on top. Raises ValueError as `mean_losses` does.
     """
     means = mean_losses(frame, by, loss)
     names = list(dict.fromkeys(means.parametrization))
@@ -51,22 +60,29 @@ def lr_curves(frame: pd.DataFrame, by: str = "width", loss: str = "val_loss") ->
     top = min(finite.max(), best + OFF_SCALE) if len(finite) else 1.0
     margin = 0.06 * max(top - best, 0.1)
     panels[0].set_ylim(best - margin, top + margin)
-    looks = styles(means[by], by)
+    others = None if live is None or live.empty else mean_losses(live, by, loss)
+    looks = styles([*means[by], *([] if others is None else others[by])], by)
     for axes, name in zip(panels, names, strict=True):
         for value, curve in means[means.parametrization == name].groupby(by):
-            _draw_curve(axes, curve.sort_values("lr"), f"{value:g}", looks[value], top)
+            _draw_curve(axes, curve.sort_values("lr"), f"{value:g}", looks[value], top, minima)
+        if others is not None:
+            for value, curve in others[others.parametrization == name].groupby(by):
+                curve = curve.sort_values("lr")
+                axes.plot(curve.lr, curve.loss.clip(upper=top), "--", markersize=7, fillstyle="none", **looks[value])
+        if my_lr is not None:
+            axes.axvline(my_lr, color="black", linewidth=1.4)
         axes.set_title(f"{name}\n{_drift(reports.loc[name])}", fontsize=11)
         axes.set_xlabel("learning rate")
-        _label_octaves(axes, sorted(means.lr.unique()))
+        _label_octaves(axes, sorted({*means.lr, *(() if my_lr is None else (my_lr,))}))
         axes.grid(alpha=0.25)
     panels[0].set_ylabel({"val_loss": "validation", "train_loss": "training"}.get(loss, loss) + " loss (nats per character)")
     handles = {float(line.get_label()): line for axes in panels for line in axes.get_legend_handles_labels()[0]}
-    figure.legend(
-        handles=[handles[value] for value in sorted(handles)],
-        title=by.replace("_", " "),
-        loc="outside right center",
-        frameon=False,
-    )
+    lines = [handles[value] for value in sorted(handles)]
+    if others is not None:
+        lines.append(Line2D([], [], color="black", linestyle="--", label="live"))
+    if my_lr is not None:
+        lines.append(Line2D([], [], color="black", linewidth=1.4, label="my LR"))
+    figure.legend(handles=lines, title=by.replace("_", " "), loc="outside right center", frameon=False)
     return figure
 
 
@@ -76,7 +92,7 @@ def _drift(report: pd.Series) -> str:
     return f"the best LR drifts by {report.drift_octaves:+.2f} octaves"
 
 
-def _draw_curve(axes: Axes, curve: pd.DataFrame, name: str, look: dict, ceiling: float) -> None:
+def _draw_curve(axes: Axes, curve: pd.DataFrame, name: str, look: dict, ceiling: float, minima: bool) -> None:
     lrs, losses = curve.lr.to_numpy(), curve.loss.to_numpy()
     shown = np.where(np.isfinite(losses), losses, np.nan)
     axes.plot(lrs, shown, label=name, markersize=5, linewidth=1.6, **look)
@@ -86,7 +102,7 @@ def _draw_curve(axes: Axes, curve: pd.DataFrame, name: str, look: dict, ceiling:
     lost = lrs[~(losses <= ceiling)]  # diverged, or above the picture
     axes.plot(lost, np.full(len(lost), ceiling), "x", color=look["color"], markersize=6)
     found = optimum(lrs, losses)
-    if math.isfinite(found["loss"]):
+    if minima and math.isfinite(found["loss"]):
         face = "none" if found["on_edge"] else look["color"]
         axes.axvline(found["best_lr"], color=look["color"], linestyle=":", linewidth=1.2)
         axes.plot(
@@ -193,3 +209,86 @@ def _coordinate_legend(part, steps: list[int]) -> None:
     lines += [Line2D([], [], color="black", linestyle="--", label="predicted")]
     lines += [Line2D([], [], color=ALERT, linewidth=2, label="breaks muP's desiderata")]
     part.legend(handles=lines, loc="outside lower right", ncols=len(lines), frameon=False, fontsize=8)
+
+
+def exponents_chart(predicted: dict[tuple[str, str], float], table: pd.DataFrame | None = None) -> Figure:
+    """Exponents in the width, a row per tensor: init on the left, update on the right.
+
+    predicted: from `predicted_exponents`, hollow diamonds. table: from `exponents`, dots with their standard errors, one
+    per layer. The grey band is where muP wants them (a router's and the logits' init may lie below it); red is outside.
+    """
+    figure = Figure(figsize=(8.6, 4.2), layout="constrained")
+    for axes, quantity in zip(figure.subplots(1, 2, sharey=True), ("init", "update"), strict=True):
+        for place, tensor in enumerate(reversed(TENSORS)):
+            low = -2.5 if quantity == "init" and tensor in OUTPUTS else -TOLERANCE
+            exponent = predicted.get((tensor, quantity))
+            if exponent is not None:
+                axes.fill_betweenx([place - 0.4, place + 0.4], low, TOLERANCE, color="#dddddd", linewidth=0)
+                color = QUIET if low <= exponent <= TOLERANCE else ALERT
+                exponent = max(-2.1, min(exponent, 2.1))  # at the edge, rather than out of sight
+                axes.plot(exponent, place, "D", markersize=8, color=color, fillstyle="none")
+            if table is not None:
+                for found in table[(table.tensor == tensor) & (table.quantity == quantity)].itertuples():
+                    broken = found.verdict in ("explodes", "shrinks")
+                    at = place + 0.12 * (1 - 2 * (found.layer % 2)) * (found.layer != OUTSIDE)
+                    axes.errorbar(found.measured, at, xerr=found.stderr, fmt="o", markersize=4, color=ALERT if broken else QUIET)
+        axes.set_yticks(range(len(TENSORS)), reversed(TENSORS))
+        axes.set_xlim(-2.2, 2.2)
+        axes.set_xlabel(f"exponent of the {quantity} in the width")
+        axes.grid(alpha=0.25, axis="x")
+    lines = [Line2D([], [], color=QUIET, marker="D", fillstyle="none", linestyle="", label="predicted from the table")]
+    if table is not None:
+        lines.append(Line2D([], [], color=QUIET, marker="o", markersize=4, label="measured, with standard error"))
+    lines += [Patch(color="#dddddd", label="as muP wants it"), Line2D([], [], color=ALERT, marker="o", linestyle="", label="not")]
+    figure.legend(handles=lines, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+    return figure
+
+
+def tensor_curves(frame: pd.DataFrame, tensor: str, layer: int = OUTSIDE, step: int | None = None) -> Figure:
+    """One tensor of one coordinate check: the RMS of init, update, drift and change against width, with fitted slopes.
+
+    frame: rows of one parametrization from `coordinate_check`. Dots are seeds; dashed: the slope predicted for the
+    quantity. step: of update, drift and change (default: the last). Raises ValueError if there is no such tensor.
+    """
+    rows = exponents(frame, step)
+    rows = rows[(rows.tensor == tensor) & (rows.layer == layer)]
+    if rows.empty or rows.parametrization.nunique() > 1:
+        raise ValueError(f"the frame needs one parametrization and the tensor {tensor!r} of layer {layer}")
+    step = frame.step.max() if step is None else step
+    points = frame[(frame.tensor == tensor) & (frame.layer == layer) & frame.step.isin((0, step))]
+    figure = Figure(figsize=(2.6 * len(rows) + 0.6, 3.2), layout="constrained")
+    panels = figure.subplots(1, len(rows), sharex=True, squeeze=False)[0]
+    for axes, row in zip(panels, rows.itertuples(), strict=True):
+        own = points[points.quantity == row.quantity]
+        broken = row.verdict in ("explodes", "shrinks")
+        axes.set_title(f"{row.quantity}\n" + _slope_words(row), fontsize=10, color=ALERT if broken else "black")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted(set(own.width)), [f"{width:g}" for width in sorted(set(own.width))])
+        axes.minorticks_off()
+        axes.set_xlabel("width")
+        axes.grid(alpha=0.25)
+        if row.verdict == "zero":
+            axes.text(0.5, 0.5, "exactly zero", transform=axes.transAxes, ha="center")
+            axes.set_yticks([])
+            continue
+        means = own.groupby("width").rms.apply(lambda rms: float(np.exp(np.log(rms).mean())))
+        axes.plot(own.width, own.rms, "o", markersize=3, color=ALERT if broken else QUIET, alpha=0.5)
+        axes.plot(means.index, means, color=ALERT if broken else QUIET, linewidth=1.8)
+        if not math.isnan(row.predicted):
+            middle, centre = np.exp(np.log(means).mean()), np.exp(np.log(means.index.to_numpy(float)).mean())
+            axes.plot(means.index, middle * (means.index.to_numpy(float) / centre) ** row.predicted, "k--", linewidth=1.2)
+        axes.set_yscale("log", base=2)
+        low, high = axes.get_ylim()
+        room = max(1.0, 4 / math.sqrt(high / low))  # so that noise on a flat line looks like noise
+        axes.set_ylim(low / room, high * room)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda rms, _: f"{rms:.3g}"))
+        axes.tick_params(labelsize=8)
+    panels[0].set_ylabel("RMS")
+    return figure
+
+
+def _slope_words(row) -> str:
+    if row.verdict == "zero":
+        return ""
+    expected = "" if math.isnan(row.predicted) else f", predicted {row.predicted + 0.0:+.1f}"
+    return f"slope {row.measured:+.2f} ± {row.stderr:.2f}{expected}"

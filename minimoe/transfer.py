@@ -42,6 +42,38 @@ def mean_losses(frame: pd.DataFrame, by: str = "width", loss: str = "val_loss") 
     return groups.rename(columns={"mean": "loss", "std": "spread", "count": "seeds"}).reset_index()
 
 
+def losses_at(frame: pd.DataFrame, step: int) -> pd.DataFrame:
+    """The frame with `val_loss` and `train_loss` as recorded after `step` steps (see `training.record`), infinite for a run
+    that had diverged by then. Raises ValueError, naming the recorded steps, if a run has no such record."""
+    recorded = sorted({record["step"] for history in frame.history for record in history})
+    if step not in recorded:
+        raise ValueError(f"step={step}: the records are at {', '.join(map(str, recorded))}")
+    found = [{record["step"]: record for record in history}.get(step, {}) for history in frame.history]
+    for record, history, diverged in zip(found, frame.history, frame.diverged, strict=True):
+        if not record and not (diverged and history[-1]["step"] < step):
+            raise ValueError(f"step={step}: a run's records are at {', '.join(str(r['step']) for r in history)}")
+    return frame.assign(**{loss: [r.get(loss, math.inf) for r in found] for loss in ("val_loss", "train_loss")})
+
+
+def regrets(frame: pd.DataFrame, lr: float, by: str = "width", loss: str = "val_loss") -> pd.DataFrame:
+    """What the LR costs each model: its loss there, on a line in log2 LR between the grid's points, less its best grid loss.
+
+    One row per parametrization and value of `by`, with columns best_lr, regret and inside (False, and regret NaN, where the
+    LR lies outside the grid). Raises ValueError as `mean_losses` does, or for an LR that is not positive.
+    """
+    if not lr > 0:
+        raise ValueError(f"lr={lr!r}: must be positive")
+    rows = []
+    for (name, value), curve in mean_losses(frame, by, loss).groupby(["parametrization", by], sort=False):
+        curve = curve.sort_values("lr")
+        found = optimum(curve.lr.to_numpy(), curve.loss.to_numpy())
+        inside = curve.lr.min() * (1 - 1e-9) <= lr <= curve.lr.max() * (1 + 1e-9)
+        here = float(np.interp(math.log2(lr), np.log2(curve.lr), curve.loss)) if inside else math.nan
+        regret = here - found["loss"] if math.isfinite(found["loss"]) else math.nan
+        rows.append({"parametrization": name, by: value, "best_lr": found["best_lr"], "regret": regret, "inside": inside})
+    return pd.DataFrame(rows)
+
+
 def optimum(lrs: np.ndarray, losses: np.ndarray) -> dict:
     """The minimum of one curve, sorted by lr: `grid_lr` and `loss` of the best grid point, `best_lr` by a parabola in
     log2 lr through it and its neighbours, `on_edge` where that is impossible (then best_lr is the grid point).

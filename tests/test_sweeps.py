@@ -284,7 +284,11 @@ def started(tmp_path):
 
     def start(store, n_jobs):
         command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "text.txt"), str(store), str(n_jobs)]
-        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+        def hear_ctrl_c():  # a shell's background job, as CI may be, passes on that it does not
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hear_ctrl_c)
 
     return start
 

@@ -1,0 +1,51 @@
+"""Make the shipped sweeps again: `make data`, or `python data/make.py NAME`. What is there already is not trained again.
+
+A pilot (one seed, whole octaves) centres the grids; the sweep then has, for each table and width, eight half-octave LRs
+around the pilot's optimum and the pilot's own LRs, three seeds each.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+from minimoe import TrainOptions, read_sweep, sweep, transfer_report
+from minimoe.routers import ROUTER_RULES
+
+SWEEPS = Path(__file__).parent / "sweeps"
+OCTAVES = [2.0**octave for octave in range(-9, -3)]
+STEPS, SEEDS = 200, (0, 1, 2)
+OPTIONS = TrainOptions(evals=10)
+
+
+def centred_sweep(store: Path, widths: tuple[int, ...], tables: tuple) -> None:
+    """A pilot and then the sweep that it centres, both in `store`."""
+    pilot = sweep(widths, tables, OCTAVES, (0,), STEPS, options=OPTIONS, store=store)
+    best = transfer_report(pilot).set_index("parametrization")
+    for table in tables:
+        for width in widths:
+            grid_lr = best[f"grid_lr_{width}"][getattr(table, "name", table)]
+            centre = round(math.log2(grid_lr))
+            print(f"{table}, width {width}: pilot optimum 2^{centre}", flush=True)
+            halves = [2.0 ** (centre + half / 2) for half in range(-4, 4)]
+            sweep((width,), (table,), sorted({*halves, *OCTAVES}), SEEDS, STEPS, options=OPTIONS, store=store)
+
+
+def transfer() -> None:
+    """Widths 32 to 256 under sp, simplep and mup: the famous picture."""
+    centred_sweep(SWEEPS / "transfer.jsonl", (32, 64, 128, 256), ("sp", "simplep", "mup"))
+
+
+def router_rules() -> None:
+    """The router rules that are no training of `transfer` in another notation, at three widths."""
+    names = ("released simplep router", "released mup router", "early router")
+    centred_sweep(SWEEPS / "router_rules.jsonl", (32, 64, 128), tuple(ROUTER_RULES[name] for name in names))
+
+
+MADE = {"transfer": transfer, "router_rules": router_rules}
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or MADE:
+        MADE[name]()
+        print(f"{name}: {len(read_sweep(SWEEPS / f'{name}.jsonl'))} rows", flush=True)
