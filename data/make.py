@@ -10,7 +10,7 @@ import math
 import sys
 from pathlib import Path
 
-from minimoe import TrainOptions, read_sweep, sweep, transfer_report
+from minimoe import PARAMETRIZATIONS, TrainOptions, coordinate_check, fan_in, sweep, transfer_report
 from minimoe.routers import ROUTER_RULES
 
 SWEEPS = Path(__file__).parent / "sweeps"
@@ -43,9 +43,16 @@ def router_rules() -> None:
     centred_sweep(SWEEPS / "router_rules.jsonl", (32, 64, 128), tuple(ROUTER_RULES[name] for name in names))
 
 
-MADE = {"transfer": transfer, "router_rules": router_rules}
+def coordinates() -> None:
+    """The default coordinate check of the three tables and the mended SimpleP, as a frame."""
+    mended = PARAMETRIZATIONS["simplep"].replace("router", lr=1 / fan_in)
+    frame = coordinate_check([*PARAMETRIZATIONS, mended], corpus="pydocs")
+    frame.to_csv(SWEEPS.parent / "coordinates.csv", index=False, float_format="%.5g")
+
+
+MADE = {"coordinates": coordinates, "transfer": transfer, "router_rules": router_rules}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or MADE:
         MADE[name]()
-        print(f"{name}: {len(read_sweep(SWEEPS / f'{name}.jsonl'))} rows", flush=True)
+        print(f"{name}: made", flush=True)

@@ -8,10 +8,11 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOMES = {
-    "coordinates": ("coordinate_check", "exponents", "predicted_exponents", "suspects"),
+    "coordinates": ("coordinate_check", "exponents", "mystery", "predicted_exponents", "suspects"),
     "corpus": ("Corpus", "load_corpus", "make_corpus"),
     "explanations": ("explain", "side_by_side"),
-    "figures": ("coordinate_curves", "lr_curves"),
+    "explorers": ("CoordinateExplorer", "LRExplorer", "LiveSweep", "TableExplorer"),
+    "figures": ("coordinate_curves", "exponents_chart", "lr_curves", "tensor_curves"),
     "model": ("Config", "MiniMoE", "Output", "check_tokens"),
     "parametrization": (
         "PARAMETRIZATIONS",
@@ -25,10 +26,11 @@ _HOMES = {
         "shift",
         "width",
     ),
+    "routers": ("ROUTER_RULES",),
     "step": ("TrainOptions",),
     "sweeps": ("read_sweep", "sweep"),
     "training": ("Run", "train"),
-    "transfer": ("transfer_report",),
+    "transfer": ("losses_at", "regrets", "transfer_report"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)

@@ -34,7 +34,8 @@ from torch.nn import functional as F
 from .corpus import Corpus, load_corpus
 from .grouped import activated
 from .model import Config, MiniMoE, declared, rms_norm
-from .parametrization import Numbers, Parametrization, numbers
+from .parametrization import Numbers, Parametrization, numbers, width
+from .parametrization import parametrization as table_of
 from .step import SingleRun, TrainOptions, whole
 from .sweeps import grid
 from .training import TextData, available_device, check_training, one_thread, windows
@@ -55,6 +56,7 @@ ROLES_OF = {  # the weights' outputs, in the order of the forward pass, and the 
 TENSORS = ("embedding", "q", "k", "v", "scores", "o", "router", "up", "down", "moe", "residual", "logits")
 OUTPUTS = {"router": -0.5, "logits": -0.5}  # output-type: init at most constant; muP's own exponent
 OUTSIDE = -1  # the layer of what belongs to no block
+ALLOWED = (("router", "init_var"), ("unembedding", "init_var"))  # smaller than muP has them: no desideratum forbids it
 ROUTINGS = ("free", "forced", "frozen")
 
 
@@ -403,6 +405,22 @@ def suspects(table: pd.DataFrame, activation: str = "relu") -> pd.DataFrame:
                 rows.append({"parametrization": name, "role": role, "cell": cell, "power": power, "because": because})
     rows.sort(key=lambda row: -abs(row["power"]))
     return pd.DataFrame(rows, columns=["parametrization", "role", "cell", "power", "because"])
+
+
+def mutants(table: str | Parametrization = "mup") -> Iterator[tuple[str, str, Parametrization]]:
+    """(role, cell, the table with that one cell wrong), for each init_var, multiplier and lr: 1 where it was not 1, and where
+    it was, 1 / width (a ratio of its own: an embedding's fan_in is the vocabulary and never grows)."""
+    table = table_of(table)
+    for role in table.roles:
+        for cell in ("init_var", "multiplier", "lr"):
+            yield role, cell, table.replace(role, **{cell: 1 if getattr(table[role], cell).powers else 1 / width})
+
+
+def mystery(number: int) -> Parametrization:
+    """muP with one wrong cell; which, is for the reader to find. The same number gives the same table, from 0 on."""
+    condemned = [mutant for role, cell, mutant in mutants() if (role, cell) not in ALLOWED]
+    order = torch.randperm(len(condemned), generator=torch.Generator().manual_seed(2203)).tolist()
+    return replace(condemned[order[number % len(order)]], name=f"mystery {number}")
 
 
 def _fault(tensor: str, measured: pd.Series, activation: str) -> tuple[str, float, str] | None:

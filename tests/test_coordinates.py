@@ -8,7 +8,19 @@ import pytest
 import torch
 
 from minimoe import PARAMETRIZATIONS, Config, MiniMoE, coordinate_check, coordinate_curves, exponents, fan_in, suspects, width
-from minimoe.coordinates import OUTPUTS, ROLES_OF, TENSORS, TOLERANCE, _at_init, _since, observed, predicted_exponents
+from minimoe.coordinates import (
+    ALLOWED,
+    OUTPUTS,
+    ROLES_OF,
+    TENSORS,
+    TOLERANCE,
+    _at_init,
+    _since,
+    mutants,
+    mystery,
+    observed,
+    predicted_exponents,
+)
 from minimoe.sweeps import tensor_numbers
 
 TINY = {"widths": (32, 64), "steps": 2, "seeds": (0,), "n_jobs": 1, "context": 16, "n_experts": 4}
@@ -76,14 +88,6 @@ def test_suspects_name_what_is_wrong_with_the_published_tables(tables):
     assert found["sp"].power.to_numpy() == pytest.approx(np.ones(5), abs=TOLERANCE)
 
 
-def mutants():
-    """Every cell of muP's table made wrong: 1 where it is not, 1 / width where it is 1."""
-    for role in MUP.roles:
-        for cell in ("init_var", "multiplier", "lr"):
-            right = getattr(MUP[role], cell)
-            yield role, cell, MUP.replace(role, **{cell: 1 if right.powers else 1 / width})
-
-
 @pytest.fixture(scope="module")
 def mutants_frame(pydocs):
     tables = [mutant for _, _, mutant in mutants()]
@@ -100,12 +104,21 @@ def test_every_wrong_cell_is_caught(role, cell, mutant, mutants_frame):
     condemned = own[of_role & own.verdict.isin(("explodes", "shrinks"))]
     assert not against_mup[of_role & (against_mup.agrees == False)].empty  # noqa: E712 (missing values)
     blamed = suspects(own)
-    if (role, cell) in (("router", "init_var"), ("unembedding", "init_var")):  # smaller than need be, which is allowed
+    if (role, cell) in ALLOWED:  # smaller than need be
         assert condemned.empty
         assert blamed.empty
     else:
         assert not condemned.empty
         assert blamed.iloc[0][["role", "cell"]].tolist() == [role, cell]  # the first suspect is the culprit
+
+
+def test_mutants_are_all_cells_and_mysteries_are_mutants():
+    cells = [(role, cell) for role, cell, _ in mutants()]
+    assert len(set(cells)) == len(cells) == 18
+    assert len(ALLOWED) == 2
+    rules = {mutant.rules for role, cell, mutant in mutants() if (role, cell) not in ALLOWED}
+    assert {mystery(number).rules for number in range(16)} == rules
+    assert mystery(3) == mystery(3)
 
 
 def test_quantities_are_what_they_are_called(corpus):

@@ -1,0 +1,66 @@
+"""Keep the course: `tools/notebooks.py run [NAME ...]` runs notebooks in place, `student` writes the copies to hand out."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parent.parent
+PROMPT = "*Your answer:*"
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def run(path: Path) -> None:
+    """Run the notebook top to bottom and save its outputs: no times, and of a widget the picture alone."""
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(notebook, timeout=600, record_timing=False, store_widget_state=False, coalesce_streams=True)
+    client.execute(cwd=path.parent)
+    notebook.metadata.pop("widgets", None)
+    notebook.metadata["language_info"] = {"name": "python"}
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            output.get("data", {}).pop(WIDGET, None)
+    nbformat.write(notebook, path)
+
+
+def student_copy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The notebook without outputs; hidden answers become a prompt, and cells tagged `solution` a line to fill in."""
+    copy = nbformat.from_dict(notebook)
+    for cell in copy.cells:
+        if cell.cell_type == "markdown":
+            cell.source = re.sub(r"<details>.*?</details>", PROMPT, cell.source, flags=re.DOTALL)
+        else:
+            cell.outputs, cell.execution_count = [], None
+            if "solution" in cell.metadata.get("tags", []):
+                cell.source, cell.metadata["tags"] = "# your solution", []
+    return copy
+
+
+def write_student_copies(folder: Path) -> list[Path]:
+    """A student copy of every notebook, in `folder`; links to data and documents go on working one level below the root."""
+    folder.mkdir(exist_ok=True)
+    written = []
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        nbformat.write(student_copy(nbformat.read(path, as_version=4)), folder / path.name)
+        written.append(folder / path.name)
+    return written
+
+
+def main(arguments: list[str]) -> None:
+    if arguments[:1] == ["student"]:
+        print("\n".join(str(path.relative_to(ROOT)) for path in write_student_copies(ROOT / "student")))
+    elif arguments[:1] == ["run"]:
+        names = arguments[1:] or [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
+        for name in names:
+            run(ROOT / "notebooks" / f"{name}.ipynb")
+            print(f"{name}: run", flush=True)
+    else:
+        sys.exit(__doc__)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
