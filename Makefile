@@ -1,5 +1,6 @@
 # demo: the picture, trained now (about 2 minutes on two cores)   test: every test   lab: the notebooks in JupyterLab
-# figure: the README's pictures                                     lint: ruff         clean: remove what these made
+# notebooks: run them again, in place    student: copies without answers    data: the shipped sweeps again (about an hour)
+# figure: the README's pictures          lint: ruff                         clean: remove what these made
 PYTHON ?= python3
 
 demo: .venv/installed
@@ -10,6 +11,15 @@ test: .venv/installed
 
 lab: .venv/installed
 	.venv/bin/jupyter lab notebooks
+
+notebooks: .venv/installed
+	PATH=$(CURDIR)/.venv/bin:$$PATH .venv/bin/python tools/notebooks.py run
+
+student: .venv/installed
+	.venv/bin/python tools/notebooks.py student
+
+data: .venv/installed
+	.venv/bin/python data/make.py
 
 figure: demo
 	cp runs/demo.png docs/demo.png
@@ -28,4 +38,4 @@ lint: .venv/installed
 clean:
 	rm -rf .venv runs student
 
-.PHONY: demo test lab figure lint clean
+.PHONY: demo test lab notebooks student data figure lint clean

@@ -12,7 +12,7 @@ _HOMES = {
     "corpus": ("Corpus", "load_corpus", "make_corpus"),
     "explanations": ("explain", "side_by_side"),
     "explorers": ("CoordinateExplorer", "LRExplorer", "LiveSweep", "TableExplorer"),
-    "figures": ("coordinate_curves", "exponents_chart", "lr_curves", "tensor_curves"),
+    "figures": ("coordinate_curves", "exponents_chart", "lr_curves", "router_rules", "tensor_curves"),
     "model": ("Config", "MiniMoE", "Output", "check_tokens"),
     "parametrization": (
         "PARAMETRIZATIONS",

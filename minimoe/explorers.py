@@ -142,7 +142,8 @@ class LRExplorer(Explorer):
 
     def say(self) -> str:
         costs = self.regrets()
-        shown = costs.map(lambda nats: "off the grid" if math.isnan(nats) else f"{nats:.3f}").reset_index()
+        shown = costs.map(lambda nats: "off the grid" if math.isnan(nats) else f"{nats:.3f}")
+        shown = shown.reset_index().rename_axis(columns=None)
         shown = shown.rename(columns={"parametrization": f"regret of 2^{self.my_lr.value:g} (nats) at {self.by}"})
         return _html_table(shown) + self._live_words()
 

@@ -139,9 +139,7 @@ def coordinate_curves(frame: pd.DataFrame, layer: int | None = None) -> Figure:
         raise ValueError(f"layer={layer!r}: the frame has {sorted(set(frame.layer) - {OUTSIDE})}")
     table = exponents(frame)
     names = list(dict.fromkeys(frame.parametrization))
-    means = frame.assign(rms=np.log2(frame.rms.where(frame.rms > 0)))
-    means = means.groupby(["parametrization", "layer", "tensor", "quantity", "step", "width"]).rms.mean()
-    means = means - means.groupby(level=[0, 1, 2, 3, 4]).transform("first")  # levels are sorted: the smallest width's
+    means = _growth(frame)
     figure = Figure(figsize=(12.5, 4.9 * len(names)), layout="constrained")
     for part, name in zip(np.atleast_1d(figure.subfigures(len(names), 1)), names, strict=True):
         part.suptitle(f"{name}: growth with width", fontsize=12)
@@ -163,6 +161,13 @@ def coordinate_curves(frame: pd.DataFrame, layer: int | None = None) -> Figure:
     for axes in shown:
         axes.set_ylim(min(low, 1 / 4), max(high, 4))  # the same for all, and flat is seen to be flat
     return figure
+
+
+def _growth(frame: pd.DataFrame) -> pd.Series:
+    """log2 of each RMS (mean over seeds) over that at the smallest width; the index ends in step and width."""
+    means = frame.assign(rms=np.log2(frame.rms.where(frame.rms > 0)))
+    means = means.groupby(["parametrization", "layer", "tensor", "quantity", "step", "width"]).rms.mean()
+    return means - means.groupby(level=[0, 1, 2, 3, 4]).transform("first")  # levels are sorted
 
 
 def _draw_tensor(axes: Axes, rows: pd.DataFrame, means: pd.Series) -> None:
@@ -292,3 +297,33 @@ def _slope_words(row) -> str:
         return ""
     expected = "" if math.isnan(row.predicted) else f", predicted {row.predicted + 0.0:+.1f}"
     return f"slope {row.measured:+.2f} ± {row.stderr:.2f}{expected}"
+
+
+def router_rules(check: pd.DataFrame, frame: pd.DataFrame, loss: str = "val_loss") -> Figure:
+    """What each parametrization's router does, above the LR curves that it gives: a column per parametrization of `frame`.
+
+    check: from `coordinate_check`, of (at least) the same parametrizations; drawn is the router of its last layer, as in
+    `coordinate_curves`. frame: as `sweep` returns it. Raises ValueError if the check lacks a parametrization.
+    """
+    means, table = mean_losses(frame, loss=loss), exponents(check)
+    names = list(dict.fromkeys(means.parametrization))
+    if missing := set(names) - set(check.parametrization):
+        raise ValueError(f"the check lacks {', '.join(sorted(missing))}")
+    figure = Figure(figsize=(2.5 * len(names) + 0.8, 5.4), layout="constrained")
+    above, below = figure.subplots(2, len(names), sharex="row", sharey="row", squeeze=False)
+    looks, top = styles(means.width), min(means.loss.max(), means.loss.min() + OFF_SCALE)
+    router = table[(table.tensor == "router") & (table.layer == table.layer.max())]
+    growth = _growth(check)
+    for upper, lower, name in zip(above, below, names, strict=True):
+        _draw_tensor(upper, router[router.parametrization == name], growth[name])
+        upper.set_title(f"{name}\n" + "\n".join(upper.get_title().split("\n")[1:]), fontsize=9, color=upper.title.get_color())
+        for width, curve in means[means.parametrization == name].groupby("width"):
+            _draw_curve(lower, curve.sort_values("lr"), f"{width:g}", looks[width], top, minima=True)
+        _label_octaves(lower, sorted(means.lr.unique()))
+        lower.set_xlabel("learning rate")
+        lower.grid(alpha=0.25)
+    below[0].set_ylim(means.loss.min() - 0.05, top + 0.05)
+    above[0].set_ylabel("router logits' growth with width")
+    below[0].set_ylabel("validation loss")
+    figure.legend(*below[0].get_legend_handles_labels(), title="width", loc="outside right lower", frameon=False)
+    return figure

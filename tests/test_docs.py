@@ -1,14 +1,11 @@
 """README and notebooks: links that point where they say, outputs that are there."""
 
-import json
 import re
 from pathlib import Path
 
-import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 CELLS = {"init variance": "init_var", "multiplier": "multiplier", "Adam LR": "lr"}
 COLUMNS = ("embedding", "unembedding", "hidden", "router")
 
@@ -38,21 +35,6 @@ def test_every_cell_of_the_readmes_tables_links_to_its_line():
 def test_the_readmes_local_links_exist():
     for target in re.findall(r"\]\(([^)#:]+)(?:#L\d+)?\)", (ROOT / "README.md").read_text()):
         assert (ROOT / target).exists(), target
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
-def test_notebooks_carry_outputs_counts_and_no_traces_of_a_machine(path):
-    notebook = json.loads(path.read_text())
-    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
-    assert any(cell["outputs"] for cell in code)
-    for cell in code:
-        assert set(cell["metadata"].get("tags", [])) <= {"nbval-ignore-output"}
-        for output in cell["outputs"]:
-            assert output["output_type"] != "error"
-            assert output.get("name") != "stderr", cell["source"]
-    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
-    assert not re.search(r"/(home|root|work|tmp|Users)/", path.read_text())
 
 
 def test_the_readmes_python_runs():

@@ -1,0 +1,112 @@
+"""Notebook 04 in JupyterLab, in a real browser: run it, move a slider by the keyboard, train a live sweep.
+
+Needs Chromium (Debian's package, or the one that MINIMOE_CHROMIUM names). Without one it is skipped, unless
+MINIMOE_REQUIRE_BROWSER is set, as it is in continuous integration.
+"""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CHROMIUM = os.environ.get("MINIMOE_CHROMIUM") or shutil.which("chromium")
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+NOTEBOOK = "04_lr_transfer.ipynb"
+
+pytestmark = pytest.mark.skipif(
+    not CHROMIUM and not os.environ.get("MINIMOE_REQUIRE_BROWSER"), reason="no Chromium: install Debian's package chromium"
+)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """The address of a JupyterLab that serves copies of notebook 04 and the shipped sweeps."""
+    folder = tmp_path_factory.mktemp("course")
+    shutil.copytree(ROOT / "data", folder / "data")
+    (folder / "notebooks").mkdir()
+    shutil.copy(ROOT / "notebooks" / NOTEBOOK, folder / "notebooks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = [
+        "--no-browser",
+        "--ip=127.0.0.1",
+        f"--port={port}",
+        "--IdentityProvider.token=test",
+        f"--ServerApp.root_dir={folder}",
+    ]
+    if os.geteuid() == 0:
+        settings.append("--allow-root")
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    with open(folder / "lab.log", "wb") as log:
+        server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *settings], stdout=log, stderr=log, env=environment)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(f"{address}/api?token=test", server, folder / "lab.log")
+        yield f"{address}/doc/tree/notebooks/{NOTEBOOK}?reset&token=test"
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def wait_for(address, server, log, seconds=90):
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            urllib.request.urlopen(address, timeout=5)
+            return
+        except OSError:
+            if server.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"JupyterLab did not start:\n{log.read_text()[-2000:]}") from None
+            time.sleep(0.5)
+
+
+@pytest.fixture(scope="module")
+def page(lab):
+    from playwright.sync_api import sync_playwright
+
+    assert CHROMIUM, "MINIMOE_REQUIRE_BROWSER is set, but there is no Chromium"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        page.set_default_timeout(180_000)
+        page.goto(lab)
+        page.locator(".jp-Notebook").first.wait_for()
+        yield page
+        browser.close()
+
+
+def test_slider_and_live_sweep(page, tmp_path):
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    explorer = page.locator(".minimoe-explorer").first
+    explorer.wait_for(state="attached")
+    explorer.scroll_into_view_if_needed()
+    regrets = explorer.locator("table")
+    before, picture = regrets.inner_text(), explorer.locator("img").get_attribute("src")
+    handle = explorer.locator(".widget-hslider", has_text="my LR").locator(".noUi-handle")
+    handle.focus()
+    page.keyboard.press("ArrowRight")
+    changed = explorer.locator("table", has_text="2^-5.75")
+    changed.wait_for()
+    after = regrets.inner_text()
+    numbers = [[float(x) for x in re.findall(r"\d\.\d{3}", text)] for text in (before, after)]
+    assert len(numbers[0]) >= 8
+    assert numbers[0] != numbers[1], "the regrets move with the slider"
+    assert explorer.locator("img").get_attribute("src") != picture
+    train = page.get_by_role("button", name="Train now")
+    train.scroll_into_view_if_needed()
+    train.click()
+    page.get_by_text("done: 6 of 6 runs").wait_for()
+    explorer.scroll_into_view_if_needed()
+    explorer.get_by_text("Dashed: 6 live rows").wait_for()
+    if folder := os.environ.get("MINIMOE_SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / "explorer.png")

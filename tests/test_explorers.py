@@ -1,0 +1,180 @@
+"""The explorers without a kernel or a browser: set a control, read the numbers and the picture."""
+
+import json
+import math
+
+import pytest
+from ipywidgets import HTML, Widget
+
+from minimoe import PARAMETRIZATIONS, coordinate_check, losses_at, regrets, sweep
+from minimoe.explorers import VALUES, CoordinateExplorer, LiveSweep, LRExplorer, TableExplorer
+
+PNG = b"\x89PNG"
+LRS = [2.0**octave for octave in (-8, -7, -6, -5, -4)]
+
+
+@pytest.fixture(scope="module")
+def swept(corpus):
+    return sweep((32, 64), ("sp", "mup"), LRS, (0, 1), 6, corpus, n_jobs=1, progress=False, context=16)
+
+
+@pytest.fixture(scope="module")
+def checked(corpus):
+    return coordinate_check(("sp", "mup"), (32, 64), 2, (0, 1), corpus=corpus, n_jobs=1, context=16)
+
+
+def picture_changed(explorer, control, value):
+    before = bytes(explorer.image.value)
+    control.value = value
+    assert bytes(explorer.image.value).startswith(PNG)
+    return bytes(explorer.image.value) != before
+
+
+def test_my_lr_moves_the_line_and_the_regrets(swept):
+    explorer = LRExplorer(swept)
+    for exponent in (-8.0, -6.25, -4.0):
+        assert picture_changed(explorer, explorer.my_lr, exponent)
+        expected = regrets(swept, 2.0**exponent).set_index(["parametrization", "width"]).regret
+        shown = explorer.regrets()
+        for name in ("sp", "mup"):
+            for width in (32, 64):
+                assert shown.loc[name, width] == expected[name, width]
+                assert f"{expected[name, width]:.3f}" in explorer.text.value
+
+
+def test_regret_at_a_grid_point_is_that_points_loss_less_the_best(swept):
+    one = swept[(swept.parametrization == "sp") & (swept.width == 64)].groupby("lr").val_loss.mean()
+    found = regrets(swept, 2.0**-5).set_index(["parametrization", "width"])
+    assert found.regret["sp", 64] == pytest.approx(one[2.0**-5] - one.min())
+    between = regrets(swept, 2.0**-5.5).set_index(["parametrization", "width"]).regret["sp", 64]
+    assert between == pytest.approx((one[2.0**-5] + one[2.0**-6]) / 2 - one.min())
+    outside = regrets(swept, 2.0**-3)
+    assert not outside.inside.any()
+    assert outside.regret.isna().all()
+    with pytest.raises(ValueError, match="must be positive"):
+        regrets(swept, 0)
+
+
+def test_choices_choose_rows(swept):
+    explorer = LRExplorer(swept)
+    assert picture_changed(explorer, explorer.tables, ("mup",))
+    assert picture_changed(explorer, explorer.values, (64,))
+    assert picture_changed(explorer, explorer.seeds, (1,))
+    rows = explorer.chosen()
+    assert set(zip(rows.parametrization, rows.width, rows.seed, strict=True)) == {("mup", 64, 1)}
+    assert picture_changed(explorer, explorer.minima, False)
+    explorer.values.value = ()
+    assert "choose at least one of widths" in explorer.text.value
+    explorer.values.value = (32,)
+    assert "regret" in explorer.text.value
+
+
+def test_the_step_moves_the_curves(swept):
+    explorer = LRExplorer(swept)
+    assert explorer.step.options[-1] == 6
+    assert picture_changed(explorer, explorer.step, 2)
+    row = swept.iloc[3]
+    losses = {record["step"]: record["val_loss"] for record in row.history}
+    assert losses_at(swept, 2).iloc[3].val_loss == losses[2]
+    assert losses_at(swept, 6).val_loss.tolist() == pytest.approx(swept.val_loss.tolist())
+    with pytest.raises(ValueError, match="step=7: the records are at 1, 2, 3, 4, 5, 6"):
+        losses_at(swept, 7)
+
+
+def test_a_run_that_diverged_is_infinite_ever_after(swept):
+    frame = swept.head(2).copy()
+    frame["diverged"] = [True, False]
+    frame["history"] = [frame.history.iloc[0][:2], frame.history.iloc[1]]
+    assert losses_at(frame, 5).val_loss.tolist() == [math.inf, swept.history.iloc[1][4]["val_loss"]]
+
+
+def test_live_sweep_trains_shows_progress_and_joins_the_explorer(swept, corpus):
+    explorer = LRExplorer(swept)
+    live = LiveSweep(explorer, corpus)
+    live.steps.value = 20
+    before = bytes(explorer.image.value)
+    live.start.click()
+    live.wait(120)
+    assert live.status.value == "done: 6 of 6 runs"
+    assert live.bar.value == 6
+    assert len(explorer.live) == 6
+    assert bytes(explorer.image.value) != before
+    assert "another corpus" not in explorer.text.value
+    assert not live.start.disabled
+    assert live.stop.disabled
+
+
+def test_another_corpus_is_said(swept, corpus):
+    explorer = LRExplorer(swept)
+    explorer.add_live(swept.head(3).assign(corpus_digest="other"))
+    assert "on another corpus than the shipped ones" in explorer.text.value
+
+
+def test_stop_ends_after_the_run_that_is_going_on(swept, corpus):
+    live = LiveSweep(LRExplorer(swept), corpus)
+    live.steps.value = 200
+    live.start.click()
+    live.stop.click()
+    live.wait(120)
+    assert live.status.value.startswith("stopped: ")
+    assert live.bar.value < 6
+
+
+def test_what_goes_wrong_in_the_thread_is_shown(swept):
+    live = LiveSweep(LRExplorer(swept), corpus="no such corpus")
+    live.start.click()
+    live.wait(60)
+    assert "no corpus" in live.status.value
+    assert not live.start.disabled
+
+
+def test_table_explorer_predicts_at_once_and_measures_on_demand(corpus):
+    explorer = TableExplorer("mup", widths=(32, 64), steps=1, seeds=(0,), corpus=corpus, context=16)
+    assert explorer.predicted()["router", "update"] == 0
+    before = bytes(explorer.image.value)
+    explorer.role.value, explorer.cell.value, explorer.value.value = "router", "multiplier", "1"
+    explorer.apply.click()
+    assert explorer.predicted()["router", "update"] == 1
+    assert bytes(explorer.image.value) != before
+    assert "mup[router.multiplier=1]" in explorer.text.value
+    before = bytes(explorer.image.value)
+    explorer.check.click()
+    assert "blamed: router.multiplier" in explorer.text.value
+    assert bytes(explorer.image.value) != before
+    explorer.value.value = "1/fan_in"
+    explorer.apply.click()  # back to muP itself
+    assert explorer.table == PARAMETRIZATIONS["mup"]
+    assert explorer.measured is None
+    explorer.base.value = "sp"
+    assert explorer.table == PARAMETRIZATIONS["sp"]
+    assert set(VALUES) >= {"1", "1/fan_in"}
+
+
+def test_coordinate_explorer_shows_one_tensor(checked):
+    explorer = CoordinateExplorer(checked)
+    for control, value in ((explorer.tensor, "logits"), (explorer.name, "mup"), (explorer.step, 1), (explorer.tensor, "moe")):
+        assert picture_changed(explorer, control, value)
+    assert set(explorer.slopes().tensor) == {"moe"}
+    assert set(explorer.slopes().quantity) == {"init", "change"}
+    explorer.tensor.value = "embedding"
+    assert "zero" in explorer.text.value  # its drift
+
+
+def test_where_no_kernel_runs_there_is_a_picture_and_a_fixed_text(checked):
+    explorer = CoordinateExplorer(checked)
+    bundle = explorer._repr_mimebundle_()
+    assert bundle["text/plain"] == "CoordinateExplorer: run this cell to use it"
+    assert bundle["image/png"]
+    assert "application/vnd.jupyter.widget-view+json" in bundle
+    json.dumps(bundle)
+
+
+def test_every_control_has_a_label(swept, checked, corpus):
+    explorer = LRExplorer(swept)
+    for widget in (explorer, LiveSweep(explorer, corpus), TableExplorer(), CoordinateExplorer(checked)):
+        controls = [w for w in vars(widget).values() if isinstance(w, Widget) and hasattr(w, "description") and w.keys]
+        controls = [w for w in controls if not isinstance(w, HTML)]
+        assert len(controls) >= 3
+        for control in controls:
+            assert control.description
+            assert control.tooltip

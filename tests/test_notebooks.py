@@ -1,0 +1,169 @@
+"""The course: notebooks fit to hand out, claims that fail when the table is wrong, and student copies without answers.
+
+That each notebook runs and prints what it shows is nbval's part (`pytest --nbval notebooks`, in `make test`).
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+COURSE = [path for path in NOTEBOOKS if path.name > "01"]
+TAGS = {"nbval-ignore-output", "solution"}
+HEADER = ("You will", "Before", "Takes", "Data")
+
+spec = importlib.util.spec_from_file_location("tools_notebooks", ROOT / "tools" / "notebooks.py")
+tools = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tools)
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(path):
+    return [cell for cell in read(path).cells if cell.cell_type == "code"]
+
+
+def named(paths):
+    return pytest.mark.parametrize("path", paths, ids=lambda path: path.stem)
+
+
+def test_there_are_the_five_notebooks_of_part_one():
+    assert [path.name[:2] for path in COURSE][:5] == ["01", "02", "03", "04", "05"]
+
+
+@named(NOTEBOOKS)
+def test_outputs_counts_and_no_traces_of_a_machine(path):
+    notebook, code = read(path), code_cells(path)
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert any(cell.outputs for cell in code)
+    for cell in notebook.cells:
+        assert set(cell.metadata.get("tags", [])) <= TAGS
+        assert set(cell.metadata) <= {"tags"}  # no times of execution
+    for cell in code:
+        for output in cell.outputs:
+            assert output.output_type != "error"
+            assert output.get("name") != "stderr", cell.source
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert "widgets" not in notebook.metadata
+    text = path.read_text()
+    assert not re.search(r"/(home|root|work|tmp|Users)/", text)
+    assert not re.search(r"20\d\d-\d\d-\d\dT\d\d:", text)
+    assert len(text) < 1_500_000
+
+
+@named(NOTEBOOKS)
+def test_header_box_short_cells_and_words_under_every_figure(path):
+    cells = read(path).cells
+    header = cells[0].source
+    assert re.search(r"\*\*Question: .+\?\*\*", header, flags=re.DOTALL)
+    for row in HEADER:
+        assert re.search(rf"^\| {row} \| .+ \|$", header, flags=re.MULTILINE), row
+    assert re.search(r"\| Takes \|.*\b(minute|minutes)\b.*\|", header)
+    for place, cell in enumerate(cells):
+        if cell.cell_type != "code":
+            continue
+        assert len(cell.source.splitlines()) <= 28, cell.source
+        if any("image/png" in output.get("data", {}) for output in cell.outputs):
+            assert "**What to notice**" in cells[place + 1].source, cell.source
+
+
+@named(NOTEBOOKS)
+def test_claims_are_asserted_and_what_is_ignored_trains_plots_or_prints_versions(path):
+    code = code_cells(path)
+    assert sum("assert " in cell.source for cell in code) >= 3
+    may_differ = r"train\(|sweep\(|coordinate_check\(|_curves\(|router_rules\(|plt\.show|__version__|explorer$|^live$|Explorer\("
+    for cell in code:
+        if "nbval-ignore-output" in cell.metadata.get("tags", []):
+            assert re.search(may_differ, cell.source, flags=re.MULTILINE), cell.source
+
+
+@named(COURSE)
+def test_a_lesson_predicts_practises_and_leads_on(path):
+    text = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
+    assert text.count("**Predict**") >= 2
+    assert text.count("<details><summary>Answer") >= 2
+    assert "## Exercises" in text
+    assert "<details><summary>Solution" in text
+    for part in ("**Summary.**", "**References.**", "[notation table](notation.md)", "**The main figure.**"):
+        assert part in text
+    for target in re.findall(r"\]\(([\w/.]+)\)", text):
+        assert (path.parent / target).exists(), target
+
+
+# What each lesson teaches, made wrong in the source: (the line, what it becomes)
+MUP_ROUTER = "router=Rule(init_var=1, multiplier=1 / fan_in, lr=1),"
+SP_ROUTER = "router=Rule(init_var=1 / fan_in, multiplier=1, lr=1),"  # and SimpleP's
+SP_HIDDEN = "hidden=Rule(init_var=1 / fan_in, multiplier=1, lr=1),"
+SABOTAGE = {
+    "00": (MUP_ROUTER, MUP_ROUTER.replace("1 / fan_in", "1")),
+    "01": (MUP_ROUTER, MUP_ROUTER.replace("lr=1", "lr=1 / fan_in")),
+    "02": (MUP_ROUTER, MUP_ROUTER.replace("multiplier=1 / fan_in", "multiplier=1")),
+    "03": (SP_ROUTER, SP_ROUTER.replace("lr=1", "lr=1 / fan_in")),
+    "04": (SP_HIDDEN, SP_HIDDEN.replace("lr=1", "lr=1 / fan_in")),
+    "05": (MUP_ROUTER, MUP_ROUTER.replace("lr=1", "lr=1 / fan_in")),
+}
+
+
+@named(NOTEBOOKS)
+def test_a_sabotaged_table_fails_its_notebook(path, tmp_path, monkeypatch):
+    """The package is copied with one cell of a table made wrong, and the notebook run on the copy."""
+    right, wrong = SABOTAGE[path.name[:2]]
+    shutil.copytree(ROOT / "minimoe", tmp_path / "minimoe", ignore=shutil.ignore_patterns("__pycache__"))
+    source = tmp_path / "minimoe" / "parametrization.py"
+    text = source.read_text()
+    assert right in text
+    source.write_text(text.replace(right, wrong))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    with pytest.raises(CellExecutionError) as failed:
+        NotebookClient(read(path), timeout=300, kernel_name="python3").execute(cwd=path.parent)
+    assert failed.value.ename in ("AssertionError", "ValueError"), failed.value  # a claim, or a sweep of another table
+
+
+@named(COURSE)
+def test_a_student_copy_has_questions_and_no_answers(path):
+    copy = tools.student_copy(read(path))
+    text = "\n".join(cell.source for cell in copy.cells)
+    assert "<details>" not in text
+    assert tools.PROMPT in text
+    originals = [cell for cell in read(path).cells if "solution" in cell.get("metadata", {}).get("tags", [])]
+    assert originals
+    for cell in originals:
+        assert cell.source not in text
+    assert text.count("# your solution") == len(originals)
+    for cell in copy.cells:
+        assert not cell.get("outputs")
+
+
+def test_make_student_writes_every_copy(tmp_path):
+    written = tools.write_student_copies(tmp_path)
+    assert [path.name for path in written] == [path.name for path in NOTEBOOKS]
+    for path in written:
+        nbformat.validate(read(path))
+
+
+def test_running_a_notebook_keeps_no_times_and_of_a_widget_the_picture(tmp_path):
+    source = (
+        "import ipywidgets, pandas as pd\nfrom minimoe.explorers import CoordinateExplorer\n"
+        "rows = [dict(parametrization='t', width=w, seed=0, step=s, layer=0, tensor='router', quantity=q, rms=1.0,"
+        " alignment=0.5, predicted=0.0) for w in (32, 64) for s, q in ((0, 'init'), (1, 'update'))]\n"
+        "CoordinateExplorer(pd.DataFrame(rows))"
+    )
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    path = tmp_path / "one.ipynb"
+    nbformat.write(notebook, path)
+    tools.run(path)
+    (cell,) = read(path).cells
+    assert set(cell.outputs[0].data) == {"text/plain", "image/png"}
+    assert dict(cell.metadata) == {}
