@@ -14,6 +14,7 @@ lab: .venv/installed
 
 notebooks: .venv/installed
 	PATH=$(CURDIR)/.venv/bin:$$PATH .venv/bin/python tools/notebooks.py run
+	.venv/bin/python tools/notebooks.py gallery
 
 student: .venv/installed
 	.venv/bin/python tools/notebooks.py student

@@ -1,7 +1,7 @@
 """Make the shipped sweeps again: `make data`, or `python data/make.py NAME`. What is there already is not trained again.
 
 A pilot (one seed, whole octaves) centres the grids; the sweep then has, for each table and width, eight half-octave LRs
-around the pilot's optimum and the pilot's own LRs, three seeds each.
+around the pilot's optimum, the pilot's own LRs, and the LR that turned out best at the smallest width, three seeds each.
 """
 
 from __future__ import annotations
@@ -24,12 +24,16 @@ def centred_sweep(store: Path, widths: tuple[int, ...], tables: tuple) -> None:
     pilot = sweep(widths, tables, OCTAVES, (0,), STEPS, options=OPTIONS, store=store)
     best = transfer_report(pilot).set_index("parametrization")
     for table in tables:
+        transferred = set()
         for width in widths:
             grid_lr = best[f"grid_lr_{width}"][getattr(table, "name", table)]
             centre = round(math.log2(grid_lr))
             print(f"{table}, width {width}: pilot optimum 2^{centre}", flush=True)
             halves = [2.0 ** (centre + half / 2) for half in range(-4, 4)]
-            sweep((width,), (table,), sorted({*halves, *OCTAVES}), SEEDS, STEPS, options=OPTIONS, store=store)
+            grid = sorted({*halves, *OCTAVES, *transferred})
+            frame = sweep((width,), (table,), grid, SEEDS, STEPS, options=OPTIONS, store=store)
+            if width == widths[0]:
+                transferred = {transfer_report(frame)[f"grid_lr_{width}"][0]}
 
 
 def transfer() -> None:

@@ -77,9 +77,9 @@ def page(lab):
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
-        page.set_default_timeout(180_000)
+        page.set_default_timeout(120_000)
         page.goto(lab)
-        page.locator(".jp-Notebook").first.wait_for()
+        page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").wait_for()  # the kernel is there
         yield page
         browser.close()
 

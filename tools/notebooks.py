@@ -1,7 +1,13 @@
-"""Keep the course: `tools/notebooks.py run [NAME ...]` runs notebooks in place, `student` writes the copies to hand out."""
+"""Keep the course.
+
+tools/notebooks.py run [NAME ...]    run notebooks in place
+tools/notebooks.py gallery           copy each one's main figure to docs/gallery, for the README
+tools/notebooks.py student           write copies without outputs and answers to student/
+"""
 
 from __future__ import annotations
 
+import base64
 import re
 import sys
 from pathlib import Path
@@ -28,6 +34,29 @@ def run(path: Path) -> None:
     nbformat.write(notebook, path)
 
 
+def main_figure(notebook: nbformat.NotebookNode) -> bytes | None:
+    """The PNG of the first picture after the words "The main figure.", if there is one."""
+    announced = False
+    for cell in notebook.cells:
+        announced = announced or "**The main figure.**" in cell.source
+        pictures = [output.data["image/png"] for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
+        if announced and pictures:
+            return base64.b64decode(pictures[0])
+    return None
+
+
+def write_gallery(folder: Path) -> list[Path]:
+    """The main figure of every notebook that has one, as NAME.png."""
+    folder.mkdir(exist_ok=True)
+    written = []
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        picture = main_figure(nbformat.read(path, as_version=4))
+        if picture is not None:
+            written.append(folder / f"{path.stem}.png")
+            written[-1].write_bytes(picture)
+    return written
+
+
 def student_copy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """The notebook without outputs; hidden answers become a prompt, and cells tagged `solution` a line to fill in."""
     copy = nbformat.from_dict(notebook)
@@ -52,8 +81,10 @@ def write_student_copies(folder: Path) -> list[Path]:
 
 
 def main(arguments: list[str]) -> None:
-    if arguments[:1] == ["student"]:
-        print("\n".join(str(path.relative_to(ROOT)) for path in write_student_copies(ROOT / "student")))
+    if arguments[:1] in (["student"], ["gallery"]):
+        student = arguments[0] == "student"
+        written = write_student_copies(ROOT / "student") if student else write_gallery(ROOT / "docs" / "gallery")
+        print("\n".join(str(path.relative_to(ROOT)) for path in written))
     elif arguments[:1] == ["run"]:
         names = arguments[1:] or [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
         for name in names:

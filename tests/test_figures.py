@@ -1,0 +1,80 @@
+"""Pictures: what is drawn is what the frame says. (LR curves are in test_transfer, coordinate curves in test_coordinates.)"""
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+
+from minimoe import (
+    ROUTER_RULES,
+    Config,
+    coordinate_check,
+    exponents,
+    exponents_chart,
+    lr_curves,
+    predicted_exponents,
+    router_rules,
+    sweep,
+    tensor_curves,
+)
+from minimoe.figures import ALERT
+
+LRS = [2.0**octave for octave in (-8, -6, -4)]
+PAIR = [ROUTER_RULES["mup"], ROUTER_RULES["early router"]]
+
+
+@pytest.fixture(scope="module")
+def checked(corpus):
+    return coordinate_check(PAIR, (32, 64), 2, (0, 1), corpus=corpus, n_jobs=1, context=16)
+
+
+@pytest.fixture(scope="module")
+def swept(corpus):
+    return sweep((32, 64), PAIR, LRS, (0,), 3, corpus, n_jobs=1, progress=False, context=16)
+
+
+def test_my_lr_is_a_line_in_every_panel_and_live_curves_are_dashed(swept):
+    figure = lr_curves(swept, my_lr=2**-5, live=swept[swept.width == 64])
+    for axes in figure.axes:
+        assert any(np.allclose(line.get_xdata(), 2**-5) for line in axes.lines)
+        assert sum(line.get_linestyle() == "--" for line in axes.lines) == 1
+    words = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert words == ["32", "64", "live", "my LR"]
+    stars = sum(line.get_marker() == "*" for axes in lr_curves(swept).axes for line in axes.lines)
+    assert stars == 4
+    assert not any(line.get_marker() == "*" for axes in lr_curves(swept, minima=False).axes for line in axes.lines)
+
+
+def test_exponents_chart_draws_predictions_and_measurements_where_they_are(checked):
+    table = exponents(checked[checked.parametrization == "early router"])
+    predicted = predicted_exponents(Config(ROUTER_RULES["early router"]))
+    init, update = exponents_chart(predicted, table).axes
+    diamonds = [line.get_xdata()[0] for line in update.lines if line.get_marker() == "D"]
+    assert sorted(diamonds) == sorted(e for (_, quantity), e in predicted.items() if quantity == "update")
+    row = table[(table.tensor == "router") & (table.quantity == "update")].iloc[0]
+    dots = [line for line in update.lines if line.get_marker() == "o" and line.get_xdata()[0] == row.measured]
+    assert to_rgb(dots[0].get_color()) == to_rgb(ALERT)
+    assert init.get_xlabel() == "exponent of the init in the width"
+
+
+def test_tensor_curves_show_each_quantity(checked):
+    rows = checked[checked.parametrization == "mup"]
+    figure = tensor_curves(rows, "router", layer=1, step=1)
+    assert [axes.get_title().split("\n")[0] for axes in figure.axes] == ["init", "update", "drift", "change"]
+    own = rows[(rows.tensor == "router") & (rows.layer == 1) & (rows.step == 1) & (rows.quantity == "update")]
+    assert np.allclose(np.sort(figure.axes[1].lines[0].get_ydata()), np.sort(own.rms))
+    assert "exactly zero" in [text.get_text() for axes in tensor_curves(rows, "embedding").axes for text in axes.texts]
+    with pytest.raises(ValueError, match="the tensor 'router' of layer -1"):
+        tensor_curves(rows, "router")
+    with pytest.raises(ValueError, match="needs one parametrization"):
+        tensor_curves(checked, "router", layer=1)
+
+
+def test_router_rules_put_checks_above_curves(checked, swept):
+    figure = router_rules(checked, swept)
+    assert len(figure.axes) == 4
+    above, below = figure.axes[:2], figure.axes[2:]
+    assert [axes.get_title().split("\n")[0] for axes in above] == ["mup", "early router"]
+    assert to_rgb(above[1].title.get_color()) == to_rgb(ALERT)
+    assert all(axes.get_xlabel() == "learning rate" for axes in below)
+    with pytest.raises(ValueError, match="the check lacks early router"):
+        router_rules(checked[checked.parametrization == "mup"], swept)
