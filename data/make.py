@@ -28,7 +28,7 @@ def centred_sweep(store: Path, widths: tuple[int, ...], tables: tuple) -> None:
         for width in widths:
             grid_lr = best[f"grid_lr_{width}"][getattr(table, "name", table)]
             centre = round(math.log2(grid_lr))
-            print(f"{table}, width {width}: pilot optimum 2^{centre}", flush=True)
+            print(f"{getattr(table, 'name', table)}, width {width}: pilot optimum 2^{centre}", flush=True)
             halves = [2.0 ** (centre + half / 2) for half in range(-4, 4)]
             grid = sorted({*halves, *OCTAVES, *transferred})
             frame = sweep((width,), (table,), grid, SEEDS, STEPS, options=OPTIONS, store=store)
