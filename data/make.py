@@ -49,9 +49,12 @@ def router_rules() -> None:
 
 def coordinates() -> None:
     """The default coordinate check of the three tables and the mended SimpleP, as a frame."""
+    path = SWEEPS.parent / "coordinates.csv"
+    if path.exists():
+        return
     mended = PARAMETRIZATIONS["simplep"].replace("router", lr=1 / fan_in)
     frame = coordinate_check([*PARAMETRIZATIONS, mended], corpus="pydocs")
-    frame.to_csv(SWEEPS.parent / "coordinates.csv", index=False, float_format="%.5g")
+    frame.to_csv(path, index=False, float_format="%.5g")
 
 
 MADE = {"coordinates": coordinates, "transfer": transfer, "router_rules": router_rules}

@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from .coordinates import OUTSIDE, ROUTINGS, coordinate_check, exponents, suspects
+from .coordinates import OUTSIDE, ROUTINGS, coordinate_check, diagnosis, exponents
 from .corpus import load_corpus
 from .explanations import explain, marked, side_by_side
 from .figures import coordinate_curves, lr_curves
@@ -313,6 +313,7 @@ def _report(options: argparse.Namespace) -> None:
 
 def _coords(options: argparse.Namespace) -> None:
     start = time.perf_counter()
+    _make_writable(options.figure, options.csv)
     frame = coordinate_check(
         options.parametrizations,
         options.widths,
@@ -326,19 +327,22 @@ def _coords(options: argparse.Namespace) -> None:
         **_config_fields(options),
     )
     table = exponents(frame)
-    blamed = suspects(table, options.activation or Config.activation)
+    said = diagnosis(table, options.activation or Config.activation)
     for name, rows in table.groupby("parametrization", sort=False):
-        print(f"{name}: exponents in the width, measured (predicted)\n{_exponents_table(rows)}\n")
-        print(_blame(name, rows, blamed[blamed.parametrization == name]), "\n")
-    for path, write in ((options.csv, lambda p: table.to_csv(p, index=False)), (options.figure, _coords_figure(frame))):
-        if path:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            write(path)
+        print(f"{name}: exponents in the width, measured (predicted)\n{_exponents_table(rows)}\n\n{name}: {said[name]}\n")
+    if options.csv:
+        table.to_csv(options.csv, index=False)
+    coordinate_curves(frame).savefig(options.figure, dpi=120)
     print(f"{time.perf_counter() - start:.0f} s; figure: {options.figure}")
 
 
-def _coords_figure(frame: pd.DataFrame):
-    return lambda path: coordinate_curves(frame).savefig(path, dpi=120)
+def _make_writable(*paths: str | None) -> None:
+    """Make the folders of these files. Raises OSError, before any work, where a file could not be written."""
+    for path in filter(None, paths):
+        folder = Path(path).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK) or Path(path).is_dir():
+            raise OSError(f"{path} cannot be written")
 
 
 def _exponents_table(table: pd.DataFrame) -> str:
@@ -351,23 +355,12 @@ def _exponents_table(table: pd.DataFrame) -> str:
                 predicted = "" if math.isnan(found.predicted) else f" ({found.predicted + 0.0:+.1f})"
                 row[quantity] = f"{found.measured:+.2f}{predicted}" if found.verdict != "zero" else "zero"
         row["alignment"] = group.alignment.max()
-        judged = group[group.verdict.isin(("holds", "explodes", "shrinks"))]
-        broken = [f"{found.quantity} {found.verdict}" for found in judged.itertuples() if found.verdict != "holds"]
+        judged = group[group.quantity.isin(("init", "update")) & ~group.verdict.isin(("holds", "unjudged"))]
+        broken = [f"{found.quantity} {found.verdict}" for found in judged.itertuples()]
         row["verdict"] = ", ".join(broken) or "holds"
         row["agrees"] = "yes" if group.agrees.dropna().all() else "no"
         rows.append(row)
     return pd.DataFrame(rows).to_string(index=False, na_rep="", float_format="{:.2f}".format)
-
-
-def _blame(name: str, table: pd.DataFrame, blamed: pd.DataFrame) -> str:
-    """What the check says, in plain words."""
-    if blamed.empty:
-        broken = table[table.verdict.isin(("explodes", "shrinks"))]
-        rest = f", but no single cell explains {', '.join(dict.fromkeys(broken.tensor))}" if len(broken) else ""
-        return f"{name}: every weight's own init and update keep muP's desiderata{rest}."
-    lines = [f"{name}: these cells are wrong by a power of the width:"]
-    lines += [f"  {s.role}.{s.cell}: width^{s.power:+.2f} too much ({s.because})" for s in blamed.itertuples()]
-    return "\n".join(lines)
 
 
 def _explain(options: argparse.Namespace) -> None:
@@ -376,7 +369,7 @@ def _explain(options: argparse.Namespace) -> None:
         print(config.parametrization, "\n")
     if len(configs) > 1:
         print(marked(side_by_side(configs[0], options.parametrization)))
-        print("\n* not the same in all of them\n")
+        print(f"\n* not the same in all of them; lr multiplies the base LR, {options.lr:g}\n")
     for config in configs:
         table = explain(config, lr=options.lr)
         print(table if len(configs) == 1 else "\n".join([f"{config.parametrization.name}:", *table.reasons()]))

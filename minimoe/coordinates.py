@@ -282,7 +282,8 @@ def predicted_exponents(config: Config) -> dict[tuple[str, str], float]:
     growing like n^f, and multiplier, init std and LR like n^m, n^s, n^l: at init the terms of the sum over fan_in are
     independent, so that it grows like n^(m + s + f/2) times its input; an Adam step moves every weight by the LR, in the
     direction of its input, and the sum like n^(m + l + f). Norms make every input O(1), but for attention's output
-    projection (the values) and the experts' down projections (what the up projections put out).
+    projection (the values) and the experts' down projections (what the up projections put out). Nothing is predicted of the
+    MoE's output where raw gates change with the width: muP's flatten slowly from a peaked softmax towards 1 / E.
     """
     narrow, wide = (_shapes_and_numbers(c) for c in (config, replace(config, width=2 * config.width)))
 
@@ -303,8 +304,10 @@ def predicted_exponents(config: Config) -> dict[tuple[str, str], float]:
     found["logits"] = exponents_of("unembedding")
     predicted = {(tensor, q): e for tensor, pair in found.items() for q, e in zip(("init", "update"), pair, strict=True)}
     predicted["scores", "init"] = found["q"][0] + found["k"][0]
-    predicted["moe", "init"] = found["down"][0]  # where the gates' spread shrinks they flatten towards 1 / E: a constant
-    predicted["residual", "init"] = max(found[name][0] for name in ("embedding", "o", "down"))
+    if config.experts == 1 or config.renormalize or round(found["router"][0], 9) == 0:
+        predicted["moe", "init"] = found["down"][0]  # else gates flatten or sharpen with width, far from any limit
+    summed = (found[name][0] for name in ("embedding", "o", "down"))
+    predicted["residual", "init"] = max((e for e in summed if not math.isnan(e)), default=math.nan)  # a zero adds nothing
     return {key: round(exponent, 9) + 0.0 for key, exponent in predicted.items()}  # a root's rounding; and no -0
 
 
@@ -331,17 +334,22 @@ def exponents(
     to ask whether a table does what another one promises.
 
     measured: slope of log2 RMS over log2 width by least squares, every seed a point; stderr: its standard error.
-    agrees: measured and predicted differ by at most TOLERANCE (missing where nothing is predicted): the theory describes
-    the run. verdict, of init and update: does the tensor do as muP desires (Tensor Programs V, desiderata J.1), whatever was
-    predicted? "holds": constant in the width, or for the init of router and logits at most constant; "shrinks",
-    "explodes"; "zero": the RMS is exactly zero, and there is no slope; else "unjudged". alignment: mean over widths and seeds.
+    agrees: measured and predicted differ by at most TOLERANCE (missing where nothing is predicted, or all is zero): the
+    theory describes the run. verdict, of init and update: does the tensor do as muP desires (Tensor Programs V, appendix J),
+    whatever was predicted? "holds": constant in the width, or for the init of router and logits at most constant; "shrinks",
+    "explodes" (a run that diverged, too); "zero": the RMS is exactly zero, and there is no slope; else "unjudged".
+    alignment: mean over widths and seeds.
 
-    Raises ValueError for a frame of one width, or a step it does not have.
+    Raises ValueError for an empty frame, one width, or a step that the frame does not have.
     """
-    _require_widths(frame.width)
-    step = frame.step.max() if step is None else step
-    if not 0 < step <= frame.step.max():
-        raise ValueError(f"step={step}: the frame has the steps 1 to {frame.step.max()}")
+    if frame.empty:
+        raise ValueError("the frame has no rows")
+    for _, rows in frame.groupby("parametrization"):
+        _require_widths(rows.width)
+    steps = sorted(set(frame.step) - {0})
+    step = steps[-1] if step is None and steps else step
+    if step not in steps:
+        raise ValueError(f"step={step}: the frame has the steps {', '.join(map(str, steps))}")
     wanted = frame[(frame.step == step) | (frame.quantity == "init")]
     rows = []
     for key, group in wanted.groupby(["parametrization", "layer", "tensor", "quantity"], sort=False):
@@ -349,8 +357,10 @@ def exponents(
         tensor, quantity = labels["tensor"], labels["quantity"]
         predicted = group.predicted.iloc[0] if expected is None else expected.get((tensor, quantity), math.nan)
         measured, stderr = _slope(group.width.to_numpy(), group.rms.to_numpy())
-        agrees = pd.NA if math.isnan(predicted) else bool(abs(measured - predicted) <= TOLERANCE)
-        verdict = _verdict(tensor, quantity, measured, group.rms)
+        judged = quantity in ("init", "update") and (tensor in ROLES_OF or not group.predicted.isna().all())
+        verdict = _verdict(tensor, quantity, measured, group.rms, judged)
+        unknown = math.isnan(predicted) or verdict == "zero"
+        agrees = pd.NA if unknown else bool(abs(measured - predicted) <= TOLERANCE)
         measures = {"predicted": predicted, "measured": measured, "stderr": stderr, "agrees": agrees, "verdict": verdict}
         rows.append(labels | measures | {"alignment": group.alignment.mean()})
     table = pd.DataFrame(rows).astype({"agrees": "boolean"})
@@ -372,10 +382,10 @@ def _slope(widths: np.ndarray, rms: np.ndarray) -> tuple[float, float]:
     return float(slope), math.sqrt((residuals**2).sum() / freedom / spread) if freedom else math.nan
 
 
-def _verdict(tensor: str, quantity: str, slope: float, rms: pd.Series) -> str:
+def _verdict(tensor: str, quantity: str, slope: float, rms: pd.Series, judged: bool) -> str:
     if (rms == 0).any():
         return "zero"
-    if quantity not in ("init", "update"):
+    if not judged:
         return "unjudged"
     if not np.isfinite(rms).all() or slope > TOLERANCE:
         return "explodes"
@@ -390,21 +400,39 @@ def suspects(table: pd.DataFrame, activation: str = "relu") -> pd.DataFrame:
     A wrong multiplier moves init and update by the same power of the width, a wrong init_var (by half its power) init alone, a
     wrong lr update alone. What o and down inherit from v and up is taken off first, so that one wrong cell is named once.
     `power`: of the width, by which the cell is too large; the largest comes first, and what stands below it may be its
-    consequence. Where several cells could be at fault the smallest repair is named.
+    consequence. Where several cells could be at fault the smallest repair is named. A run that diverged names none.
     """
     rows = []
     for name, group in table.groupby("parametrization", sort=False):
-        measured = group.groupby(["tensor", "quantity"]).measured.median()  # over the layers
-        condemned = set(group[group.verdict.isin(("explodes", "shrinks"))].tensor)
-        for role in dict.fromkeys(ROLES_OF.values()):
-            tensors = [tensor for tensor in ROLES_OF if ROLES_OF[tensor] == role and tensor in condemned]
-            found = [_fault(tensor, measured, activation) for tensor in tensors if (tensor, "init") in measured.index]
-            found = [fault for fault in found if fault is not None]
-            if found:
-                cell, power, because = found[0]
-                rows.append({"parametrization": name, "role": role, "cell": cell, "power": power, "because": because})
+        measured = group.set_index(["layer", "tensor", "quantity"]).measured
+        condemned = group[group.verdict.isin(("explodes", "shrinks"))]
+        faults: dict[str, list] = {}
+        for layer, tensor in dict.fromkeys(zip(condemned.layer, condemned.tensor, strict=True)):
+            if tensor in ROLES_OF and (fault := _fault(tensor, measured[layer], activation)):
+                faults.setdefault(ROLES_OF[tensor], []).append(fault)
+        for role, found in faults.items():
+            cell, power, because = max(found, key=lambda fault: abs(fault[1]))
+            rows.append({"parametrization": name, "role": role, "cell": cell, "power": power, "because": because})
     rows.sort(key=lambda row: -abs(row["power"]))
     return pd.DataFrame(rows, columns=["parametrization", "role", "cell", "power", "because"])
+
+
+def diagnosis(table: pd.DataFrame, activation: str = "relu") -> dict[str, str]:
+    """parametrization -> what its exponents table says, in plain words, the cells to blame included."""
+    blamed, said = suspects(table, activation), {}
+    for name, rows in table.groupby("parametrization", sort=False):
+        broken = rows[rows.verdict.isin(("explodes", "shrinks"))]
+        own = blamed[blamed.parametrization == name]
+        if broken.empty:
+            said[name] = "every init and every update keeps muP's desiderata."
+        elif broken.measured.isna().any():
+            said[name] = "the run diverged: lower the LR."
+        elif own.empty:
+            said[name] = f"no single cell explains {', '.join(dict.fromkeys(broken.tensor))}."
+        else:
+            cells = (f"{s.role}.{s.cell} is too large by width^{s.power:+.2f} ({s.because})" for s in own.itertuples())
+            said[name] = "; ".join(cells) + "."
+    return said
 
 
 def mutants(table: str | Parametrization = "mup") -> Iterator[tuple[str, str, Parametrization]]:
@@ -429,6 +457,8 @@ def _fault(tensor: str, measured: pd.Series, activation: str) -> tuple[str, floa
     inherited = degree * measured[source, "init"] if source else 0.0
     init, update = (measured[tensor, quantity] - inherited for quantity in ("init", "update"))
     because = f"{tensor}: init {init:+.2f}, update {update:+.2f}" + (f" (less {inherited:+.2f} from {source})" if source else "")
+    if math.isnan(init) or math.isnan(update):  # diverged, or zero
+        return None
     surplus = init - OUTPUTS.get(tensor, 0.0)
     if abs(update) > TOLERANCE and abs(surplus - update) <= TOLERANCE:
         return "multiplier", update, because

@@ -13,7 +13,15 @@ import pandas as pd
 from torch import nn
 
 from .model import Config, MiniMoE, declared
-from .parametrization import PARAMETRIZATIONS, Parametrization, RoleParameter, Rule, numbers
+from .parametrization import (
+    PARAMETRIZATIONS,
+    Parametrization,
+    RoleParameter,
+    Rule,
+    numbers,
+    parametrization,
+    require_distinct_names,
+)
 
 KINDS = {  # of Tensor Programs V, Table 3: which axes grow with the width
     "input": "its fan_in is fixed, so no sum gets longer",
@@ -69,6 +77,8 @@ def explain(
 
     Raises ValueError, naming the parameter, where the kind is not determined; TypeError for anything else to explain.
     """
+    if not (math.isfinite(lr) and lr > 0):
+        raise ValueError(f"lr={lr!r}: must be positive and finite")
     if isinstance(subject, MiniMoE):
         subject = subject.config
     if isinstance(subject, Config):
@@ -85,6 +95,10 @@ def explain(
 def side_by_side(config: Config, tables: Iterable[str | Parametrization]) -> pd.DataFrame:
     """The numbers that several tables give to each tensor: columns (cell, table), and ("differs", "") naming the cells in
     which they are not all the same."""
+    tables = [parametrization(table) for table in tables]
+    require_distinct_names(tables)
+    if not tables:
+        raise ValueError("side_by_side needs at least one table")
     explained = {}
     for table in tables:
         one = replace(config, parametrization=table)
@@ -110,6 +124,9 @@ def kind(shape: Sequence[int], base: Sequence[int], axes: Sequence[int]) -> str:
     if len(shape) != len(base):
         raise ValueError(f"it has {len(shape)} axes at one width and {len(base)} at the other")
     ratios = {axis: size / base[axis] for axis, size in enumerate(shape) if size != base[axis]}
+    others = [axis for axis in range(len(shape)) if axis not in axes]
+    if len(others) > 1 and others[0] in ratios:
+        raise ValueError(f"its axis {others[0]} grows: a stack of experts must not, or name its fan_in so that one axis is left")
     if min(ratios.values(), default=1) < 1 < max(ratios.values(), default=1):
         raise ValueError("one axis grows where another shrinks")
     out = [axis for axis in ratios if axis not in axes]
@@ -140,7 +157,7 @@ def _why(kind: str, rule: Rule, grows: float) -> str:
     m, v, l = (
         math.log2(value) if (value := getattr(rule, cell)(ratios)) else -math.inf for cell in ("multiplier", "init_var", "lr")
     )
-    init, update = m + v / 2 + grows / 2, m + l + grows
+    init, update = (round(power, 9) + 0.0 for power in (m + v / 2 + grows / 2, m + l + grows))  # a root's rounding; no -0
     allowed = kind == "output" and init <= 0
     judged = "as muP wants it" if (init == 0 or allowed) and update == 0 else "not as muP wants it"
     if kind == "fixed":
@@ -151,6 +168,8 @@ def _why(kind: str, rule: Rule, grows: float) -> str:
 def _growth(power: float) -> str:
     if power == 0:
         return "does not depend on width"
+    if power == -math.inf:
+        return "is zero"
     return f"{'grows' if power > 0 else 'shrinks'} like width^{power:g}"
 
 
@@ -263,10 +282,10 @@ def _row_of_parameter(uses: list, base: tuple[int, ...], fan_in: dict[str, Axes]
 def _kind_and_axes(use: tuple, base: tuple[int, ...], fan_in: dict[str, Axes]) -> tuple[str, tuple[int, ...]]:
     name, owner, leaf, param = use
     shape = tuple(param.shape)
-    if shape == base:
-        return "fixed", ()
     given = [axes for pattern, axes in fan_in.items() if fnmatchcase(name, pattern)]
     axes = _normal(given[0], param.ndim) if given else _layout(owner, leaf, param)
+    if shape == base:
+        return "fixed", axes or ()
     if axes is None:
         raise ValueError(
             f"a parameter of {type(owner).__name__}, whose layout is not known: name the axis it sums over, "
@@ -288,13 +307,13 @@ NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 def _layout(owner: nn.Module, leaf: str, param: nn.Parameter) -> tuple[int, ...] | None:
     """The axes that a parameter of one of torch's own layers sums over; () for gains and biases, None if unknown."""
     if isinstance(param, RoleParameter):
-        return (param.ndim - 2,)
+        return (param.ndim - 2,) if param.ndim > 1 else ()
     if isinstance(owner, nn.Embedding | nn.EmbeddingBag) and leaf == "weight":
         return (0,)  # (vocabulary, width), looked up by row
     if isinstance(owner, nn.Linear | nn.MultiheadAttention) and leaf.endswith("weight"):
         return (1,)  # (out, in)
     if isinstance(owner, nn.modules.conv._ConvTransposeNd) and leaf == "weight":
-        return (0, *range(2, param.ndim))  # (in, out, *kernel)
+        return (0, *range(2, param.ndim)) if owner.groups == 1 else None  # (in, out, *kernel); groups leave it open
     if isinstance(owner, nn.modules.conv._ConvNd) and leaf == "weight":
         return tuple(range(1, param.ndim))  # (out, in, *kernel)
     layers = (nn.Linear, nn.MultiheadAttention, nn.modules.conv._ConvNd)

@@ -17,23 +17,26 @@ import ipywidgets as widgets
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .coordinates import OUTSIDE, TENSORS, coordinate_check, exponents, predicted_exponents, suspects
+from .coordinates import OUTSIDE, TENSORS, coordinate_check, diagnosis, exponents, predicted_exponents
 from .corpus import Corpus, load_corpus
 from .figures import exponents_chart, lr_curves, tensor_curves
 from .model import Config
-from .parametrization import CELLS, PARAMETRIZATIONS, Monomial, Parametrization, fan_in, parametrization
+from .parametrization import CELLS, PARAMETRIZATIONS, Monomial, Parametrization, as_monomial, fan_in, parametrization, width
+from .routers import ROUTER_RULES
 from .sweeps import sweep
 from .transfer import losses_at, regrets
 
 DPI = 90
-VALUES: dict[str, Monomial | float] = {  # what a cell can be set to
-    "1": 1,
-    "1/fan_in": 1 / fan_in,
-    "1/fan_in^0.5": 1 / fan_in**0.5,
-    "1/fan_in^2": 1 / fan_in**2,
-    "fan_in^0.5": fan_in**0.5,
-    "fan_in": fan_in,
-}
+LARGEST_LIVE = 128  # width that a laptop trains in seconds
+CHOICES: tuple[Monomial | float, ...] = (  # what a cell can be set to; an embedding's fan_in never grows, the width does
+    1,
+    1 / fan_in,
+    1 / fan_in**0.5,
+    1 / fan_in**2,
+    fan_in**0.5,
+    fan_in,
+    1 / width,
+)
 
 
 class Explorer(widgets.VBox):
@@ -98,7 +101,10 @@ class LRExplorer(Explorer):
 
     def __init__(self, frame: pd.DataFrame, by: str = "width"):
         self.frame, self.by, self.live = frame, by, frame.iloc[:0]
-        steps = sorted({record["step"] for history in frame.history for record in history})
+        recorded = [{record["step"] for record in history} for history in frame.history[~frame.diverged]]
+        steps = sorted(set.intersection(*recorded)) if recorded else []
+        if not steps:
+            raise ValueError("the runs that did not diverge have no recorded step in common: select one length of training")
         names, values, seeds = (list(dict.fromkeys(frame[c])) for c in ("parametrization", by, "seed"))
         multiple = widgets.SelectMultiple
         self.tables = _control(multiple, "tables", "ctrl-click for several", options=names, value=names, rows=5)
@@ -127,13 +133,19 @@ class LRExplorer(Explorer):
         return losses_at(frame, self.step.value)
 
     def add_live(self, rows: pd.DataFrame) -> None:
-        """Draw these rows too, dashed."""
-        self.live = pd.concat([self.live, rows], ignore_index=True)
+        """Draw these rows too, dashed, in place of earlier ones of the same curves."""
+        curves = set(zip(rows.parametrization, rows[self.by], strict=True))
+        earlier = [curve not in curves for curve in zip(self.live.parametrization, self.live[self.by], strict=True)]
+        self.live = pd.concat([self.live[earlier], rows], ignore_index=True)
         self.refresh()
 
+    def chosen_live(self) -> pd.DataFrame:
+        """The live rows of the chosen tables and widths."""
+        return self.live[self.live[self.by].isin(self.values.value) & self.live.parametrization.isin(self.tables.value)]
+
     def draw(self) -> Figure:
-        live = self.live[self.live[self.by].isin(self.values.value) & self.live.parametrization.isin(self.tables.value)]
-        return lr_curves(self.chosen(), self.by, minima=self.minima.value, my_lr=2.0**self.my_lr.value, live=live)
+        marks = {"minima": self.minima.value, "my_lr": 2.0**self.my_lr.value}
+        return lr_curves(self.chosen(), self.by, **marks, live=self.chosen_live())
 
     def regrets(self) -> pd.DataFrame:
         """What my LR costs each model, in nats: a row per table, a column per width."""
@@ -141,19 +153,28 @@ class LRExplorer(Explorer):
         return found.pivot(index="parametrization", columns=self.by, values="regret").reindex(self.tables.value)
 
     def say(self) -> str:
-        costs = self.regrets()
-        shown = costs.map(lambda nats: "off the grid" if math.isnan(nats) else f"{nats:.3f}")
-        shown = shown.reset_index().rename_axis(columns=None)
+        found = regrets(self.chosen(), 2.0**self.my_lr.value, self.by)
+        words = [_cost(row) for row in found.itertuples()]
+        shown = found.assign(words=words).pivot(index="parametrization", columns=self.by, values="words")
+        shown = shown.reindex(self.tables.value).reset_index().rename_axis(columns=None)
         shown = shown.rename(columns={"parametrization": f"regret of 2^{self.my_lr.value:g} (nats) at {self.by}"})
         return _html_table(shown) + self._live_words()
 
     def _live_words(self) -> str:
-        if self.live.empty:
+        live = self.chosen_live()
+        if live.empty:
             return ""
-        said = f"Dashed: {len(self.live)} live rows of {', '.join(f'{s}' for s in sorted(set(self.live.steps)))} steps"
-        if set(self.live.corpus_digest) != set(self.frame.corpus_digest):
+        said = f"Dashed: {len(live)} live rows of {', '.join(map(str, sorted(set(live.steps))))} steps"
+        if set(live.corpus_digest) != set(self.frame.corpus_digest):
             said += ", on another corpus than the shipped ones (the digests differ): compare shapes, not losses"
         return f"<p>{said}.</p>"
+
+
+def _cost(row) -> str:
+    """A regret in words."""
+    if not row.inside:
+        return "off the grid"
+    return "all diverged" if math.isnan(row.regret) else f"{row.regret:.3f}"
 
 
 class LiveSweep(widgets.VBox):
@@ -164,11 +185,15 @@ class LiveSweep(widgets.VBox):
     """
 
     def __init__(self, explorer: LRExplorer, corpus: str | Corpus = "pydocs"):
+        known = {**PARAMETRIZATIONS, **ROUTER_RULES}
+        tables = [(name, known[name]) for name in explorer.tables.options if name in known]
+        values = [value for value in explorer.values.options if value <= LARGEST_LIVE]
+        if explorer.by != "width" or not tables or not values:
+            raise ValueError(f"a live sweep needs an explorer over widths up to {LARGEST_LIVE}, of tables that have a name")
         self.explorer, self.corpus = explorer, corpus
         self._stop, self._thread = threading.Event(), None
-        tables = list(explorer.tables.options)
-        self.table = _control(widgets.Dropdown, "table", "what to train under", options=tables, value=tables[-1])
-        self.width = _control(widgets.Dropdown, "width", "of the model", options=[32, 64, 128], value=32)
+        self.table = _control(widgets.Dropdown, "table", "what to train under", options=tables, value=tables[-1][1])
+        self.width = _control(widgets.Dropdown, "width", "of the model", options=values, value=values[0])
         self.steps = _control(widgets.IntSlider, "steps", "of each run", "300px", min=20, max=200, step=20, value=40)
         self.start = widgets.Button(description="Train now", tooltip="trains six learning rates", button_style="primary")
         self.stop = widgets.Button(description="Stop", tooltip="after the run that is going on", disabled=True)
@@ -186,11 +211,10 @@ class LiveSweep(widgets.VBox):
         self._thread = threading.Thread(target=self._train, args=job, daemon=True)
         self._thread.start()
 
-    def _train(self, name: str, width: int, steps: int) -> None:
+    def _train(self, table: Parametrization, width: int, steps: int) -> None:
         rows = []
         try:
             corpus = load_corpus(self.corpus)
-            table = self._table(name)
             lrs = [2.0**octave for octave in range(-8, -2)]
             for done, lr in enumerate(lrs):
                 if self._stop.is_set():
@@ -208,11 +232,6 @@ class LiveSweep(widgets.VBox):
         finally:
             self.start.disabled, self.stop.disabled = False, True
 
-    def _table(self, name: str) -> Parametrization:
-        from .routers import ROUTER_RULES
-
-        return parametrization(ROUTER_RULES.get(name, name))
-
     def wait(self, timeout: float | None = None) -> None:
         """Until the sweep that was started has ended. Raises TimeoutError."""
         if self._thread is not None:
@@ -222,48 +241,62 @@ class LiveSweep(widgets.VBox):
 
 
 class TableExplorer(Explorer):
-    """Edit a cell of a table; the predicted exponents change at once, and a button measures them.
+    """Edit a cell of a table: the predicted exponents change at once, and a button measures them.
 
-    measure: keyword arguments of `coordinate_check` for the button (default: widths 32 to 128, two steps, one seed).
+    table: to start from. fields: of the Config, e.g. activation="swiglu". The button's check has widths 32 to 128, two
+    steps and two seeds, or what `measure` says: keyword arguments of `coordinate_check`.
     """
 
-    def __init__(self, table: str | Parametrization = "mup", **measure):
-        self.measure = {"widths": (32, 64, 128), "steps": 2, "seeds": (0, 1), "n_jobs": 1, **measure}
-        self.table, self.measured = parametrization(table), None
-        self.base = _control(widgets.Dropdown, "start from", "a table", options=list(PARAMETRIZATIONS), value=self.table.name)
+    def __init__(self, table: str | Parametrization = "mup", measure: dict | None = None, **fields):
+        self.measure = {"widths": (32, 64, 128), "steps": 2, "seeds": (0, 1), "n_jobs": 1, **(measure or {})}
+        self.table, self.fields, self.measured = parametrization(table), fields, None
+        starts = {self.table.name: self.table, **PARAMETRIZATIONS}
+        self.base = _control(widgets.Dropdown, "start from", "a table", options=list(starts.items()), value=self.table)
         self.role = _control(widgets.Dropdown, "role", "whose cell", options=list(self.table.roles), value="router")
         self.cell = _control(widgets.Dropdown, "cell", "which cell", options=list(CELLS[:3]), value="lr")
-        self.value = _control(widgets.Dropdown, "value", "what it becomes", options=list(VALUES))
-        self.apply = widgets.Button(description="Set the cell", tooltip="edits the table", button_style="primary")
+        self.value = _control(widgets.Dropdown, "value", "the cell's: choose another")
         self.check = widgets.Button(description="Measure", tooltip="a coordinate check of this table: some seconds")
-        self.base.observe(self._reset, "value")
-        self.apply.on_click(self._set)
+        self.base.observe(self._start, "value")
+        for control in (self.role, self.cell):
+            control.observe(self._offer, "value")
+        self._offer()
+        self.value.observe(self._edit, "value")
         self.check.on_click(self._measure)
-        rows = (
-            widgets.HBox([self.base, self.role, self.cell, self.value], layout=widgets.Layout(flex_flow="row wrap")),
-            widgets.HBox([self.apply, self.check]),
-        )
-        super().__init__((), rows)
+        edits = widgets.HBox([self.base, self.role, self.cell, self.value], layout=widgets.Layout(flex_flow="row wrap"))
+        super().__init__((), (edits, self.check))
 
-    def _reset(self, _change) -> None:
-        self.table, self.measured = PARAMETRIZATIONS[self.base.value], None
+    def _offer(self, _change=None) -> None:
+        """Let `value` show the chosen cell, and what it could be instead."""
+        now = getattr(self.table[self.role.value], self.cell.value)
+        options = {str(choice): choice for choice in (now, *(as_monomial(choice) for choice in CHOICES))}
+        self.value.options = list(options.items())  # selects the first
+        self.value.value = now  # where the options were these already
+
+    def _start(self, _change) -> None:
+        self.table, self.measured = self.base.value, None
+        self._offer()
         self.refresh()
 
-    def _set(self, _button) -> None:
-        edited = self.table.replace(self.role.value, **{self.cell.value: VALUES[self.value.value]})
-        same = edited[self.role.value] == PARAMETRIZATIONS[self.base.value][self.role.value]
-        whole = all(edited[role] == PARAMETRIZATIONS[self.base.value][role] for role in edited.roles)
-        self.table, self.measured = PARAMETRIZATIONS[self.base.value] if same and whole else edited, None
+    def _edit(self, _change) -> None:
+        if self.value.value == getattr(self.table[self.role.value], self.cell.value):
+            return  # another cell is shown
+        edited = self.table.replace(self.role.value, **{self.cell.value: self.value.value})
+        same = next((table for _, table in self.base.options if table.rules == edited.rules), edited)
+        self.table, self.measured = same, None
         self.refresh()
 
     def _measure(self, _button) -> None:
         self.text.value = "measuring ..."
-        self.measured = exponents(coordinate_check(self.table, **self.measure))
+        try:
+            self.measured = exponents(coordinate_check(self.table, **self.measure, **self.fields))
+        except (ValueError, TypeError) as error:
+            self.text.value = f"<b>{html.escape(str(error))}</b>"
+            return
         self.refresh()
 
     def predicted(self) -> dict[tuple[str, str], float]:
         """The exponents that follow from the table."""
-        return predicted_exponents(Config(self.table))
+        return predicted_exponents(Config(self.table, **self.fields))
 
     def draw(self) -> Figure:
         return exponents_chart(self.predicted(), self.measured)
@@ -272,11 +305,8 @@ class TableExplorer(Explorer):
         said = f"<pre>{html.escape(str(self.table))}</pre>"
         if self.measured is None:
             return said
-        blamed = suspects(self.measured)
-        if blamed.empty:
-            return said + "<p>Measured: every weight keeps muP's desiderata.</p>"
-        lines = (f"{row.role}.{row.cell}: width^{row.power:+.2f} too much" for row in blamed.itertuples())
-        return said + "<p>Measured, and blamed: " + "; ".join(lines) + ".</p>"
+        (found,) = diagnosis(self.measured, Config(self.table, **self.fields).activation).values()
+        return f"{said}<p>Measured: {html.escape(found)}</p>"
 
 
 class CoordinateExplorer(Explorer):
@@ -291,9 +321,11 @@ class CoordinateExplorer(Explorer):
         tensors = [tensor for tensor in TENSORS if tensor in set(frame.tensor)]
         layers = sorted(set(frame.layer) - {OUTSIDE})
         self.name = _control(widgets.Dropdown, "table", "of rules", options=names, value=names[0])
-        self.tensor = _control(widgets.Dropdown, "tensor", "in the forward pass's order", options=tensors, value="router")
+        self.tensor = _control(widgets.Dropdown, "tensor", "in the forward pass's order", options=tensors)
         self.layer = _control(widgets.Dropdown, "layer", "embedding and logits have none", options=layers)
         self.step = _control(widgets.SelectionSlider, "after step", "arrow keys move it", "300px", options=steps, value=steps[-1])
+        if "router" in tensors:  # the tensor that tables disagree on
+            self.tensor.value = "router"
         controls = (self.name, self.tensor, self.layer, self.step)
         super().__init__(controls, (widgets.HBox(controls, layout=widgets.Layout(flex_flow="row wrap")),))
 

@@ -55,12 +55,8 @@ def lr_curves(
     figure = Figure(figsize=(1.2 + 3.6 * len(names), 4.2), layout="constrained")
     panels = figure.subplots(1, len(names), sharex=True, sharey=True, squeeze=False)[0]
     reports = transfer_report(frame, by, loss).set_index("parametrization")
-    finite = means.loss[np.isfinite(means.loss)]
-    best = finite.min() if len(finite) else 0.0
-    top = min(finite.max(), best + OFF_SCALE) if len(finite) else 1.0
-    margin = 0.06 * max(top - best, 0.1)
-    panels[0].set_ylim(best - margin, top + margin)
     others = None if live is None or live.empty else mean_losses(live, by, loss)
+    top = _fit_losses(panels[0], means if others is None else pd.concat([means, others]))
     looks = styles([*means[by], *([] if others is None else others[by])], by)
     for axes, name in zip(panels, names, strict=True):
         for value, curve in means[means.parametrization == name].groupby(by):
@@ -84,6 +80,16 @@ def lr_curves(
         lines.append(Line2D([], [], color="black", linewidth=1.4, label="my LR"))
     figure.legend(handles=lines, title=by.replace("_", " "), loc="outside right center", frameon=False)
     return figure
+
+
+def _fit_losses(axes: Axes, means: pd.DataFrame) -> float:
+    """Show the finite losses, up to OFF_SCALE above the best; returns the highest that is shown."""
+    finite = means.loss[np.isfinite(means.loss)]
+    best = finite.min() if len(finite) else 0.0
+    top = min(finite.max(), best + OFF_SCALE) if len(finite) else 1.0
+    margin = 0.06 * max(top - best, 0.1)
+    axes.set_ylim(best - margin, top + margin)
+    return top
 
 
 def _drift(report: pd.Series) -> str:
@@ -222,12 +228,14 @@ def exponents_chart(predicted: dict[tuple[str, str], float], table: pd.DataFrame
     predicted: from `predicted_exponents`, hollow diamonds. table: from `exponents`, dots with their standard errors, one
     per layer. The grey band is where muP wants them (a router's and the logits' init may lie below it); red is outside.
     """
+    if table is not None and table.parametrization.nunique() > 1:
+        raise ValueError(f"the table holds {', '.join(table.parametrization.unique())}: select one of them")
     figure = Figure(figsize=(8.6, 4.2), layout="constrained")
     for axes, quantity in zip(figure.subplots(1, 2, sharey=True), ("init", "update"), strict=True):
         for place, tensor in enumerate(reversed(TENSORS)):
             low = -2.5 if quantity == "init" and tensor in OUTPUTS else -TOLERANCE
-            exponent = predicted.get((tensor, quantity))
-            if exponent is not None:
+            exponent = predicted.get((tensor, quantity), math.nan)
+            if not math.isnan(exponent):
                 axes.fill_betweenx([place - 0.4, place + 0.4], low, TOLERANCE, color="#dddddd", linewidth=0)
                 color = QUIET if low <= exponent <= TOLERANCE else ALERT
                 exponent = max(-2.1, min(exponent, 2.1))  # at the edge, rather than out of sight
@@ -236,7 +244,14 @@ def exponents_chart(predicted: dict[tuple[str, str], float], table: pd.DataFrame
                 for found in table[(table.tensor == tensor) & (table.quantity == quantity)].itertuples():
                     broken = found.verdict in ("explodes", "shrinks")
                     at = place + 0.12 * (1 - 2 * (found.layer % 2)) * (found.layer != OUTSIDE)
-                    axes.errorbar(found.measured, at, xerr=found.stderr, fmt="o", markersize=4, color=ALERT if broken else QUIET)
+                    axes.errorbar(
+                        max(-2.1, min(found.measured, 2.1)),
+                        at,
+                        xerr=found.stderr,
+                        fmt="o",
+                        markersize=4,
+                        color=ALERT if broken else QUIET,
+                    )
         axes.set_yticks(range(len(TENSORS)), reversed(TENSORS))
         axes.set_xlim(-2.2, 2.2)
         axes.set_xlabel(f"exponent of the {quantity} in the width")
@@ -302,8 +317,8 @@ def _slope_words(row) -> str:
 def router_rules(check: pd.DataFrame, frame: pd.DataFrame, loss: str = "val_loss") -> Figure:
     """What each parametrization's router does, above the LR curves that it gives: a column per parametrization of `frame`.
 
-    check: from `coordinate_check`, of (at least) the same parametrizations; drawn is the router of its last layer, as in
-    `coordinate_curves`. frame: as `sweep` returns it. Raises ValueError if the check lacks a parametrization.
+    check: from `coordinate_check`, of (at least) the same parametrizations; drawn is the router of the last layer. frame: as
+    `sweep` returns it. Raises ValueError if the check lacks a parametrization, or its models have no router.
     """
     means, table = mean_losses(frame, loss=loss), exponents(check)
     names = list(dict.fromkeys(means.parametrization))
@@ -311,8 +326,10 @@ def router_rules(check: pd.DataFrame, frame: pd.DataFrame, loss: str = "val_loss
         raise ValueError(f"the check lacks {', '.join(sorted(missing))}")
     figure = Figure(figsize=(2.5 * len(names) + 0.8, 5.4), layout="constrained")
     above, below = figure.subplots(2, len(names), sharex="row", sharey="row", squeeze=False)
-    looks, top = styles(means.width), min(means.loss.max(), means.loss.min() + OFF_SCALE)
+    looks, top = styles(means.width), _fit_losses(below[0], means)
     router = table[(table.tensor == "router") & (table.layer == table.layer.max())]
+    if router.empty:
+        raise ValueError("the check is of dense models, which have no router")
     growth = _growth(check)
     for upper, lower, name in zip(above, below, names, strict=True):
         _draw_tensor(upper, router[router.parametrization == name], growth[name])
@@ -322,8 +339,9 @@ def router_rules(check: pd.DataFrame, frame: pd.DataFrame, loss: str = "val_loss
         _label_octaves(lower, sorted(means.lr.unique()))
         lower.set_xlabel("learning rate")
         lower.grid(alpha=0.25)
-    below[0].set_ylim(means.loss.min() - 0.05, top + 0.05)
     above[0].set_ylabel("router logits' growth with width")
     below[0].set_ylabel("validation loss")
-    figure.legend(*below[0].get_legend_handles_labels(), title="width", loc="outside right lower", frameon=False)
+    handles = {float(line.get_label()): line for axes in below for line in axes.get_legend_handles_labels()[0]}
+    lines = [handles[width] for width in sorted(handles)]
+    figure.legend(handles=lines, title="width", loc="outside right lower", frameon=False)
     return figure

@@ -156,7 +156,7 @@ def grid(widths, parametrizations, lrs, seeds, vocab_size: int, config_fields: d
     for name in config_fields:
         if name not in known:
             advice = f"give {own[name]} instead" if name in own else f"Config has {', '.join(known)}"
-            raise TypeError(f"sweep got an unknown field {name!r}: {advice}")
+            raise TypeError(f"unknown field {name!r}: {advice}")
     tables = [*dict.fromkeys(parametrization(table) for table in axes["parametrizations"])]
     require_distinct_names(tables)
     return [

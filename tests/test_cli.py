@@ -72,8 +72,8 @@ def test_coords_prints_exponents_and_names_the_wrong_cell(tmp_path, text, capsys
     outputs = ["--figure", str(figure), "--csv", str(csv)]
     assert main(["coords", "--parametrization", "mup", "simplep", *small, *outputs]) == 0
     out = capsys.readouterr().out
-    assert "mup: every weight's own init and update keep muP's desiderata" in out
-    assert "router.lr: width^+" in out
+    assert "mup: every init and every update keeps muP's desiderata" in out
+    assert "simplep: router.lr is too large by width^+" in out
     assert figure.stat().st_size > 10_000
     assert set(pd.read_csv(csv).parametrization) == {"mup", "simplep"}
 
@@ -104,6 +104,8 @@ def test_help_teaches(command, capsys):
         (["report", "missing.jsonl"], "no run store at missing.jsonl"),
         (["sample", "missing.pt"], "missing.pt"),
         (["explain", "--granularity", "3"], "granularity=3"),
+        (["coords", "--figure", "README.md/coords.png"], "README.md"),
+        (["explain", "--lr", "0"], "lr=0.0: must be positive and finite"),
         (["coords", "--widths", "64"], "a slope over the width needs at least two"),
         (["train", "--device", "tpu"], "device='tpu' is not available here"),
         (["train", "--save", "no/such/folder/model.pt"], "--save no/such/folder/model.pt: its folder does not exist"),

@@ -6,8 +6,9 @@ import math
 import pytest
 from ipywidgets import HTML, Widget
 
-from minimoe import PARAMETRIZATIONS, coordinate_check, losses_at, regrets, sweep
-from minimoe.explorers import VALUES, CoordinateExplorer, LiveSweep, LRExplorer, TableExplorer
+from minimoe import PARAMETRIZATIONS, coordinate_check, fan_in, losses_at, regrets, sweep, width
+from minimoe.explorers import CoordinateExplorer, LiveSweep, LRExplorer, TableExplorer
+from minimoe.parametrization import as_monomial
 
 PNG = b"\x89PNG"
 LRS = [2.0**octave for octave in (-8, -7, -6, -5, -4)]
@@ -37,9 +38,9 @@ def test_my_lr_moves_the_line_and_the_regrets(swept):
         expected = regrets(swept, 2.0**exponent).set_index(["parametrization", "width"]).regret
         shown = explorer.regrets()
         for name in ("sp", "mup"):
-            for width in (32, 64):
-                assert shown.loc[name, width] == expected[name, width]
-                assert f"{expected[name, width]:.3f}" in explorer.text.value
+            for n in (32, 64):
+                assert shown.loc[name, n] == expected[name, n]
+                assert f"{expected[name, n]:.3f}" in explorer.text.value
 
 
 def test_regret_at_a_grid_point_is_that_points_loss_less_the_best(swept):
@@ -129,25 +130,60 @@ def test_what_goes_wrong_in_the_thread_is_shown(swept):
 
 
 def test_table_explorer_predicts_at_once_and_measures_on_demand(corpus):
-    explorer = TableExplorer("mup", widths=(32, 64), steps=1, seeds=(0,), corpus=corpus, context=16)
+    small = {"widths": (32, 64), "steps": 1, "seeds": (0,), "corpus": corpus}
+    explorer = TableExplorer("mup", small, context=16)
+    explorer.role.value, explorer.cell.value = "router", "multiplier"
+    assert explorer.value.value == PARAMETRIZATIONS["mup"]["router"].multiplier  # the cell as it is
+    assert explorer.table == PARAMETRIZATIONS["mup"]
     assert explorer.predicted()["router", "update"] == 0
-    before = bytes(explorer.image.value)
-    explorer.role.value, explorer.cell.value, explorer.value.value = "router", "multiplier", "1"
-    explorer.apply.click()
+    assert picture_changed(explorer, explorer.value, as_monomial(1))
     assert explorer.predicted()["router", "update"] == 1
-    assert bytes(explorer.image.value) != before
     assert "mup[router.multiplier=1]" in explorer.text.value
     before = bytes(explorer.image.value)
     explorer.check.click()
-    assert "blamed: router.multiplier" in explorer.text.value
+    assert "router.multiplier is too large by width^+" in explorer.text.value
     assert bytes(explorer.image.value) != before
-    explorer.value.value = "1/fan_in"
-    explorer.apply.click()  # back to muP itself
+    explorer.value.value = 1 / fan_in  # back to muP itself
     assert explorer.table == PARAMETRIZATIONS["mup"]
     assert explorer.measured is None
-    explorer.base.value = "sp"
+    explorer.role.value, explorer.cell.value = "embedding", "lr"
+    explorer.value.value = 1 / width  # an embedding's fan_in never grows
+    assert explorer.predicted()["embedding", "update"] == -1
+    explorer.base.value = PARAMETRIZATIONS["sp"]
     assert explorer.table == PARAMETRIZATIONS["sp"]
-    assert set(VALUES) >= {"1", "1/fan_in"}
+    assert explorer.value.value == as_monomial(1)
+
+
+def test_table_explorer_knows_the_model_that_it_measures(corpus):
+    edited = PARAMETRIZATIONS["mup"].replace("experts_up", init_var=1)
+    explorer = TableExplorer(edited, activation="swiglu")
+    assert explorer.predicted()["down", "update"] == 1  # a product of two grown values
+    assert explorer.base.value == edited
+    bad = TableExplorer("mup", {"widths": (32,), "corpus": corpus})
+    bad.check.click()
+    assert "needs at least two" in bad.text.value
+
+
+def test_a_second_live_sweep_replaces_the_curve_and_what_is_not_shown_is_not_counted(swept):
+    explorer = LRExplorer(swept)
+    one = swept[(swept.parametrization == "sp") & (swept.width == 64) & (swept.seed == 0)]
+    explorer.add_live(one)
+    explorer.add_live(one.assign(steps=20))
+    assert "Dashed: 5 live rows of 20 steps" in explorer.text.value
+    explorer.values.value = (32,)
+    assert "Dashed" not in explorer.text.value
+
+
+def test_runs_of_different_lengths_have_no_common_picture(swept):
+    frame = swept.head(2).copy()
+    frame["history"] = [swept.history.iloc[0][:2], swept.history.iloc[1][3:]]
+    with pytest.raises(ValueError, match="no recorded step in common"):
+        LRExplorer(frame)
+
+
+def test_a_dense_check_can_be_explored(corpus):
+    check = coordinate_check("mup", (32, 64), 1, (0,), corpus=corpus, n_jobs=1, context=16, n_experts=1, top_k=1)
+    assert CoordinateExplorer(check).tensor.value == "embedding"
 
 
 def test_coordinate_explorer_shows_one_tensor(checked):

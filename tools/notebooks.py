@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -71,8 +72,11 @@ def student_copy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def write_student_copies(folder: Path) -> list[Path]:
-    """A student copy of every notebook, in `folder`; links to data and documents go on working one level below the root."""
+    """A student copy of every notebook, in `folder`, which lies beside `notebooks/` so that links and data are found."""
     folder.mkdir(exist_ok=True)
+    for stale in folder.glob("*.ipynb"):
+        stale.unlink()
+    shutil.copy(ROOT / "notebooks" / "notation.md", folder)
     written = []
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         nbformat.write(student_copy(nbformat.read(path, as_version=4)), folder / path.name)
