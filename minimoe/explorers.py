@@ -232,6 +232,9 @@ class LiveSweep(widgets.VBox):
         finally:
             self.start.disabled, self.stop.disabled = False, True
 
+    def _repr_mimebundle_(self, **kwargs) -> dict:
+        return {**super()._repr_mimebundle_(**kwargs), "text/plain": "LiveSweep: run this cell to use it"}
+
     def wait(self, timeout: float | None = None) -> None:
         """Until the sweep that was started has ended. Raises TimeoutError."""
         if self._thread is not None:
