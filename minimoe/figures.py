@@ -337,6 +337,7 @@ def router_rules(check: pd.DataFrame, frame: pd.DataFrame, loss: str = "val_loss
         for width, curve in means[means.parametrization == name].groupby("width"):
             _draw_curve(lower, curve.sort_values("lr"), f"{width:g}", looks[width], top, minima=True)
         _label_octaves(lower, sorted(means.lr.unique()))
+        upper.set_xlabel("width")
         lower.set_xlabel("learning rate")
         lower.grid(alpha=0.25)
     above[0].set_ylabel("router logits' growth with width")
