@@ -59,6 +59,7 @@ class Config:
     renormalize: bool = False  # gates of the active experts sum to 1 (Mixtral), or stay as the softmax left them
     forced_balance: bool = False  # debugging and teaching: tokens go round the experts in turn, gates stay the router's
     balance_weight: float = 0.01  # weight of the balance loss, which is 1 at perfect balance for every E, K, G
+    balance_times_k: bool = False  # K times that weight: the loss counts each token K times, and so is K at perfect balance
     z_weight: float = 0.0  # weight of the router z-loss, mean logsumexp(router logits)^2 (arXiv 2202.08906)
     vocab_size: int = 96  # V: newline and printable ASCII, the pydocs corpus
     context: int = 64  # longest sequence
@@ -88,10 +89,19 @@ class Config:
         return self.expert_ratio * self.width // self.granularity
 
     @property
+    def balance_coefficient(self) -> float:
+        """What the balance loss, 1 at perfect balance, is multiplied by."""
+        return self.balance_weight * (self.active_experts if self.balance_times_k else 1)
+
+    @property
     def shape(self) -> dict:
-        """Every field that shapes the computation: all but the table, the base sizes it is measured by, and the seed."""
-        left_out = ("parametrization", "seed", *(f"base_{name}" for name in BASED))
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
+        """Every field that shapes the computation: all but the table, the base sizes it is measured by, and the seed.
+
+        The balance loss's coefficient stands for both its fields: who multiplies it, training cannot tell.
+        """
+        left_out = ("parametrization", "seed", "balance_times_k", *(f"base_{name}" for name in BASED))
+        shaping = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
+        return {**shaping, "balance_weight": self.balance_coefficient}
 
     @property
     def base(self) -> Config:

@@ -81,7 +81,7 @@ def losses(run: Callable[[Tensor], Output], config: Config, batch: Tensor) -> tu
     """(B, T + 1) -> (loss to train on, cross-entropy in nats), both (). `run` is a model: tokens -> Output."""
     out = run(batch[:, :-1])
     cross_entropy = F.cross_entropy(out.logits.flatten(0, 1), batch[:, 1:].flatten())
-    loss = cross_entropy + config.balance_weight * out.balance_loss
+    loss = cross_entropy + config.balance_coefficient * out.balance_loss
     if config.z_weight:
         loss = loss + config.z_weight * out.router_logits.logsumexp(-1).square().mean()
     return loss, cross_entropy

@@ -79,7 +79,9 @@ def page(lab):
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
         page.set_default_timeout(120_000)
         page.goto(lab)
-        page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").wait_for()  # the kernel is there
+        select = page.get_by_role("dialog").get_by_role("button", name="Select", exact=True)
+        page.add_locator_handler(select, lambda button: button.click())  # asked of who runs cells before the kernel is there
+        page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").wait_for()
         yield page
         browser.close()
 
