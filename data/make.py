@@ -11,12 +11,17 @@ import sys
 from pathlib import Path
 
 from minimoe import PARAMETRIZATIONS, TrainOptions, coordinate_check, fan_in, sweep, transfer_report
+from minimoe.arms import ARMS, EXPERT_ARMS
 from minimoe.routers import ROUTER_RULES
 
 SWEEPS = Path(__file__).parent / "sweeps"
 OCTAVES = [2.0**octave for octave in range(-9, -3)]
 STEPS, SEEDS = 200, (0, 1, 2)
 OPTIONS = TrainOptions(evals=10)
+WHOLE = [2.0**octave for octave in range(-7, -2)]
+HALVES = [2.0 ** (half / 2) for half in range(-13, -5)]
+EXPERTS = (2, 4, 8, 16, 32)
+SMALL = {"base_width": 16}  # width 64 is four times that, at half the price of 128
 
 
 def centred_sweep(store: Path, widths: tuple[int, ...], tables: tuple) -> None:
@@ -47,6 +52,41 @@ def router_rules() -> None:
     centred_sweep(SWEEPS / "router_rules.jsonl", (32, 64, 128), tuple(ROUTER_RULES[name] for name in names))
 
 
+def granularity_runs(names, granularities: tuple, lrs: list, seeds: tuple, steps: int) -> None:
+    """The named arms of `minimoe.arms.ARMS`, four times as wide as the base."""
+    arms = [ARMS[name] for name in names]
+    for granularity in granularities:
+        for fields in {str(arm.fields): arm.fields for arm in arms}.values():  # tables that share them, in one go
+            tables = tuple(arm.table for arm in arms if arm.fields == fields)
+            sizes = {**SMALL, "granularity": granularity, "base_granularity": 1}
+            store = SWEEPS / "granularity.jsonl"
+            sweep((64,), tables, lrs, seeds, steps, options=OPTIONS, store=store, **sizes, **fields)
+
+
+def granularity() -> None:
+    """Every arm at G = 1, 4 and 16."""
+    granularity_runs(ARMS, (16, 4, 1), WHOLE, (0,), 400)
+
+
+def expert_count_runs(names, lrs: list, seeds: tuple, steps: int = STEPS, widths: tuple = (64,), experts=EXPERTS) -> None:
+    """The named arms of `minimoe.arms.EXPERT_ARMS`, four times as wide as the base."""
+    store = SWEEPS / "expert_count.jsonl"
+    for name in names:
+        arm = EXPERT_ARMS[name]
+        for n_experts in experts:
+            top_k = arm.active(n_experts)
+            if top_k > arm.fields["renormalize"]:  # a single renormalised gate is always 1
+                fields = {**SMALL, **arm.fields, "n_experts": n_experts, "top_k": top_k}
+                sweep(widths, (arm.table,), lrs, seeds, steps, options=OPTIONS, store=store, **fields)
+
+
+def expert_count() -> None:
+    """Two to 32 experts under every arm, and the dense model of equal active size."""
+    expert_count_runs(EXPERT_ARMS, WHOLE, (0,))
+    dense = {**SMALL, "n_experts": 1, "top_k": 1, "expert_ratio": 4}
+    sweep((64,), ("simplep", "mup"), HALVES, SEEDS, STEPS, options=OPTIONS, store=SWEEPS / "expert_count.jsonl", **dense)
+
+
 def coordinates() -> None:
     """The default coordinate check of the three tables and the mended SimpleP, as a frame."""
     path = SWEEPS.parent / "coordinates.csv"
@@ -57,7 +97,7 @@ def coordinates() -> None:
     frame.to_csv(path, index=False, float_format="%.5g")
 
 
-MADE = {"coordinates": coordinates, "transfer": transfer, "router_rules": router_rules}
+MADE = {made.__name__: made for made in (coordinates, transfer, router_rules, expert_count, granularity)}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or MADE:

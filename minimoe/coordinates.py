@@ -1,4 +1,4 @@
-"""Coordinate checks: how large every tensor's output is, and how far its updates move it, against width.
+"""Coordinate checks: how large every tensor's output is, and how far its updates move it, against width or granularity.
 
 For a weight W with input x (W0 and x0 at init, W = W0 + dW and x after some steps) four quantities are measured, each the
 root mean square (RMS) over an output's coordinates, on fixed validation tokens:
@@ -9,7 +9,11 @@ root mean square (RMS) over an output's coordinates, on fixed validation tokens:
     change   W x - W0 x0       their sum, which is what other tools show
 
 `update` and `drift` follow different laws, and their sum is a blend that reads like neither: it would condemn a correct muP
-router and half excuse a wrong one. The verdict rests on `init` and `update`.
+router and half excuse a wrong one. The verdict rests on `init` and `update`. For the output of the whole MoE, a gated sum over
+experts, two updates are told apart:
+
+    from_down  sum g dWdown h         what the down projections' change does to today's hidden values, under today's gates
+    from_up    sum g Wdown0 (h - h')  what the up projections' change does through the initial down projections (h' : without it)
 
 Letters in shape comments: B batch, T time, N = B*T probed tokens, D width, E experts, K active experts per token, M expert
 hidden size, S = N*K.
@@ -20,7 +24,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -55,6 +59,8 @@ ROLES_OF = {  # the weights' outputs, in the order of the forward pass, and the 
 }
 TENSORS = ("embedding", "q", "k", "v", "scores", "o", "router", "up", "down", "moe", "residual", "logits")
 OUTPUTS = {"router": -0.5, "logits": -0.5}  # output-type: init at most constant; muP's own exponent
+AXES = ("width", "granularity")  # sizes that a check can let grow
+JUDGED = ("init", "update", "from_up", "from_down")
 OUTSIDE = -1  # the layer of what belongs to no block
 ALLOWED = (("router", "init_var"), ("unembedding", "init_var"))  # smaller than muP has them: no desideratum forbids it
 ROUTINGS = ("free", "forced", "frozen")
@@ -68,6 +74,7 @@ def coordinate_check(
     lr: float = 2.0**-13,
     corpus: str | Corpus = "pydocs",
     *,
+    granularities: Sequence[int] = (1,),
     routing: str = "free",
     batch_size: int = 16,
     eps: float = 1e-15,
@@ -77,11 +84,15 @@ def coordinate_check(
 ) -> pd.DataFrame:
     """Train a few steps at a constant LR (no warm-up, decay or clipping), and measure every tensor after each.
 
-    One row per parametrization, width, seed, step, layer, tensor and quantity, with its `rms`, the `predicted` exponent of
-    that RMS in the width (NaN for drift and change) and, for updates, the `alignment`: the RMS over what it would be if no
+    One row per parametrization, size, seed, step, layer, tensor and quantity, with its `rms`, the `predicted` exponent of
+    that RMS in the size (NaN for drift and change) and, for updates, the `alignment`: the RMS over what it would be if no
     two terms of any sum cancelled. Step 0 has init, later steps the rest. Layer -1 is outside the blocks. Tensors:
     embedding, q, k, v, o, router, up, down and logits, each the output of a weight; scores (of attention), moe (output)
-    and residual (stream) are no weight's own, and have init and change only. Experts are measured on the tokens they get.
+    and residual (stream) are no weight's own, and have init and change only (moe: from_up and from_down too). Experts are
+    measured on the tokens they get.
+
+    The size is the width or, with one width and several `granularities`, the granularity. For that one give a
+    base_granularity, mostly 1: by default each granularity is its own base, whose std is that of its true fan_in.
 
     lr: predictions are to first order in the updates. The default is small enough for that even where updates grow by
     2^3 over the widths; at a training LR such tables leave the linear regime (their steps overshoot, their inputs blow up).
@@ -106,11 +117,17 @@ def coordinate_check(
         config_fields |= {"forced_balance": True}
     corpus, device = load_corpus(corpus), available_device(device)
     options = TrainOptions(batch_size=batch_size, eps=eps)
-    cells = grid(widths, parametrization, [lr], seeds, corpus.vocab_size, config_fields)
-    _require_widths(config.width for config, _ in cells)
+    if "granularity" in config_fields:
+        granularities = (config_fields.pop("granularity"),)
+    cells = [
+        cell
+        for granularity in _sequence(granularities)
+        for cell in grid(widths, parametrization, [lr], seeds, corpus.vocab_size, {**config_fields, "granularity": granularity})
+    ]
+    axis = size_axis(pd.DataFrame([config.shape for config, _ in cells]))
     steps = check_training(cells, corpus, steps)
-    longest_first = sorted(cells, key=lambda cell: -cell[0].width)
-    jobs = (joblib.delayed(_measured_run)(*cell, steps, corpus, device, options, routing) for cell in longest_first)
+    longest_first = sorted(cells, key=lambda cell: (-cell[0].width, -cell[0].granularity))
+    jobs = (joblib.delayed(_measured_run)(*cell, steps, corpus, device, options, routing, axis) for cell in longest_first)
     n_jobs = min(n_jobs or joblib.cpu_count(), len(cells)) if device.type == "cpu" else 1
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "A worker stopped while some jobs")  # a wide model is no memory leak
@@ -119,17 +136,35 @@ def coordinate_check(
     return pd.DataFrame([row for cell in cells for row in measured[cell]])
 
 
-def _require_widths(widths) -> None:
-    if len(widths := sorted(set(widths))) < 2:
-        raise ValueError(f"widths={widths}: a slope over the width needs at least two")
+def _sequence(values) -> list:
+    return list(values) if isinstance(values, Iterable) else [values]
+
+
+def size_axis(frame: pd.DataFrame) -> str:
+    """The size that grows in a coordinate check's frame: "width" or "granularity". Raises ValueError unless it is one."""
+    sizes = {axis: sorted(set(frame[axis])) for axis in AXES if axis in frame}
+    growing = [axis for axis, values in sizes.items() if len(values) > 1]
+    if not growing:
+        raise ValueError(f"widths={sizes['width']}: a slope over the width needs at least two")
+    if len(growing) > 1:
+        raise ValueError(f"both {' and '.join(growing)} have several values: let one of them grow at a time")
+    return growing[0]
 
 
 def _measured_run(
-    config: Config, lr: float, steps: int, corpus: Corpus, device: torch.device, options: TrainOptions, routing: str
+    config: Config,
+    lr: float,
+    steps: int,
+    corpus: Corpus,
+    device: torch.device,
+    options: TrainOptions,
+    routing: str,
+    axis: str,
 ) -> list[dict]:
     """One run's rows."""
-    data, predicted = TextData(corpus, device), predicted_exponents(config)
-    labels = {"parametrization": config.parametrization.name, "width": config.width, "seed": config.seed}
+    data, predicted = TextData(corpus, device), predicted_exponents(config, axis)
+    sizes = {name: getattr(config, name) for name in AXES}
+    labels = {"parametrization": config.parametrization.name, **sizes, "seed": config.seed}
     order = data.order([config.seed], steps, options.batch_size, config.context)
     (probe,) = data.validation(1, math.ceil(PROBED / config.context), config.context)
     probe = probe[:, :-1]  # (B, T)
@@ -169,6 +204,7 @@ class Observed(NamedTuple):
     inputs: dict[tuple, Tensor]  # what each weight is applied to: (N, fan_in), the down projections' left out
     activations: dict[tuple, Tensor]  # scores, moe, residual
     experts: list[Tensor]  # (N, K) per layer
+    gates: list[Tensor]  # (N, K) per layer
     activation: str
 
 
@@ -179,7 +215,7 @@ def observed(model: MiniMoE, tokens: Tensor) -> Observed:
     table = torch.cat([_effective(model, "tokens"), _effective(model, "positions")])  # (V + context, D)
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     hot = [F.one_hot(tokens, config.vocab_size), F.one_hot(positions, config.context)]  # an embedding is a matrix too
-    weights, activations, experts = {(OUTSIDE, "embedding"): table}, {}, []
+    weights, activations, experts, gates = {(OUTSIDE, "embedding"): table}, {}, [], []
     inputs = {(OUTSIDE, "embedding"): torch.cat(hot, -1).flatten(0, 1).to(table)}
     for layer, block in enumerate(model.blocks):
         x, _ = passed[block.attention]  # (B, T, D)
@@ -192,11 +228,13 @@ def observed(model: MiniMoE, tokens: Tensor) -> Observed:
             weights[layer, "router"], inputs[layer, "router"] = _effective(block.moe, "router"), x
         weights |= {(layer, "up"): _effective(block.moe, "up"), (layer, "down"): _effective(block.moe, "down")}
         inputs[layer, "up"] = x
-        experts.append(block.moe.choice(torch.softmax(logits, -1))[1])
+        gate, chosen = block.moe.choice(torch.softmax(logits, -1))
+        gates.append(gate)
+        experts.append(chosen)
         activations |= {(layer, "moe"): y, (layer, "residual"): passed[block][1][0]}
     weights[OUTSIDE, "logits"] = _effective(model, "unembedding")
     inputs[OUTSIDE, "logits"] = rms_norm(activations[layer, "residual"]).flatten(0, 1)
-    return Observed(weights, inputs, activations, experts, config.activation)
+    return Observed(weights, inputs, activations, experts, gates, config.activation)
 
 
 def _passed(model: MiniMoE, tokens: Tensor) -> dict[nn.Module, tuple]:
@@ -254,6 +292,22 @@ def _since(start: Observed, now: Observed) -> Iterator[dict]:
         yield _row(layer, tensor, "change", update + drift)
     for (layer, tensor), value in now.activations.items():
         yield _row(layer, tensor, "change", value - start.activations[layer, tensor])
+        if tensor == "moe":
+            for quantity, part in _moe_updates(start, now, layer).items():
+                yield _row(layer, tensor, quantity, part)
+
+
+def _moe_updates(start: Observed, now: Observed, layer: int) -> dict[str, Tensor]:
+    """What the changes of the up and of the down projections each do to the MoE's output (N, D)."""
+    experts, gates = now.experts[layer].flatten(), now.gates[layer]  # (S,), (N, K)
+    x = now.inputs[layer, "up"].repeat_interleave(gates.shape[1], dim=0)  # (S, D)
+    hidden, hidden0 = (activated(now.activation, _output(x, model.weights[layer, "up"], experts)) for model in (now, start))
+    down0 = start.weights[layer, "down"]
+    parts = {
+        "from_up": _output(hidden - hidden0, down0, experts),  # (S, D)
+        "from_down": _output(hidden, now.weights[layer, "down"] - down0, experts),
+    }
+    return {name: (gates[..., None] * part.unflatten(0, gates.shape)).sum(1) for name, part in parts.items()}
 
 
 def _input(model: Observed, layer: int, tensor: str, experts: list[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -275,8 +329,8 @@ def _rms(value: Tensor) -> float:
     return float(value.square().mean().sqrt())
 
 
-def predicted_exponents(config: Config) -> dict[tuple[str, str], float]:
-    """(tensor, "init" or "update") -> the exponent of its RMS in the width, from the config's table alone.
+def predicted_exponents(config: Config, axis: str = "width") -> dict[tuple[str, str], float]:
+    """(tensor, quantity) -> the exponent of its RMS in the width, or in the granularity, from the config's table alone.
 
     The scaling arguments of Tensor Programs V (arXiv 2203.03466, appendix J), to first order in the updates. With fan_in
     growing like n^f, and multiplier, init std and LR like n^m, n^s, n^l: at init the terms of the sum over fan_in are
@@ -284,8 +338,15 @@ def predicted_exponents(config: Config) -> dict[tuple[str, str], float]:
     direction of its input, and the sum like n^(m + l + f). Norms make every input O(1), but for attention's output
     projection (the values) and the experts' down projections (what the up projections put out). Nothing is predicted of the
     MoE's output where raw gates change with the width: muP's flatten slowly from a peaked softmax towards 1 / E.
+
+    In the granularity G the active experts are K = top_k G, and the gates of a token sum to the same share, raw or
+    renormalised (the largest K of E logits are the same quantile of them), so that each gate goes like 1 / G. Experts are
+    independent at init, and their sum goes like G^(-1/2) times one expert's output; their down projections move together,
+    in the direction of the same gradient, and that sum like one expert's update. What the up projections change passes
+    through the initial down projections, and goes like the output at init.
     """
-    narrow, wide = (_shapes_and_numbers(c) for c in (config, replace(config, width=2 * config.width)))
+    narrow, wide = (_shapes_and_numbers(c) for c in _two_sizes(config, axis))
+    summed = -0.5 if axis == "granularity" else 0.0  # of independent experts
 
     def exponents_of(name: str, inherited: float = 0.0) -> tuple[float, float]:
         (shape, now), (wide_shape, then) = narrow[name], wide[name]
@@ -305,10 +366,21 @@ def predicted_exponents(config: Config) -> dict[tuple[str, str], float]:
     predicted = {(tensor, q): e for tensor, pair in found.items() for q, e in zip(("init", "update"), pair, strict=True)}
     predicted["scores", "init"] = found["q"][0] + found["k"][0]
     if config.experts == 1 or config.renormalize or round(found["router"][0], 9) == 0:
-        predicted["moe", "init"] = found["down"][0]  # else gates flatten or sharpen with width, far from any limit
-    summed = (found[name][0] for name in ("embedding", "o", "down"))
-    predicted["residual", "init"] = max((e for e in summed if not math.isnan(e)), default=math.nan)  # a zero adds nothing
+        predicted["moe", "init"] = found["down"][0] + summed  # else gates flatten or sharpen with width, far from any limit
+        predicted["moe", "from_up"] = found["down"][0] + summed + (found["up"][1] - found["up"][0])
+        predicted["moe", "from_down"] = found["down"][1]
+    parts = (found["embedding"][0], found["o"][0], found["down"][0] + summed)
+    predicted["residual", "init"] = max((e for e in parts if not math.isnan(e)), default=math.nan)  # a zero adds nothing
     return {key: round(exponent, 9) + 0.0 for key, exponent in predicted.items()}  # a root's rounding; and no -0
+
+
+def _two_sizes(config: Config, axis: str) -> tuple[Config, Config]:
+    """The config at one size and at twice that. Raises ValueError for an axis that is none."""
+    if axis not in AXES:
+        raise ValueError(f"axis={axis!r}: must be one of {', '.join(AXES)}")
+    if axis == "granularity":  # from 1: doubling the config's own might not divide the hidden size
+        return replace(config, granularity=1), replace(config, granularity=2)
+    return config, replace(config, width=2 * config.width)
 
 
 def _shapes_and_numbers(config: Config) -> dict[str, tuple[torch.Size, Numbers]]:
@@ -327,25 +399,27 @@ def _degree(activation: str) -> int:
 def exponents(
     frame: pd.DataFrame, step: int | None = None, expected: Mapping[tuple[str, str], float] | None = None
 ) -> pd.DataFrame:
-    """Measured and predicted exponents in the width: one row per parametrization, layer, tensor and quantity.
+    """Measured and predicted exponents in the size: one row per parametrization, layer, tensor and quantity.
 
     frame: from `coordinate_check`. step: after which the updates, drifts and changes are taken (default: the last).
     expected: predictions to compare with instead of those of each table itself, e.g. `predicted_exponents(Config("mup"))`,
     to ask whether a table does what another one promises.
 
-    measured: slope of log2 RMS over log2 width by least squares, every seed a point; stderr: its standard error.
+    measured: slope of log2 RMS over log2 size by least squares, every seed a point; stderr: its standard error.
     agrees: measured and predicted differ by at most TOLERANCE (missing where nothing is predicted, or all is zero): the
-    theory describes the run. verdict, of init and update: does the tensor do as muP desires (Tensor Programs V, appendix J),
-    whatever was predicted? "holds": constant in the width, or for the init of router and logits at most constant; "shrinks",
+    theory describes the run. verdict, of init and updates: does the tensor do as muP desires (Tensor Programs V, appendix J),
+    whatever was predicted? "holds": constant in the size, or for the init of router and logits at most constant; "shrinks",
     "explodes" (a run that diverged, too); "zero": the RMS is exactly zero, and there is no slope; else "unjudged".
-    alignment: mean over widths and seeds.
+    alignment: mean over sizes and seeds. (Over granularities, mind that one expert's update or init may well shrink or
+    explode in a layer that is as it should be: what counts is the moe's.)
 
-    Raises ValueError for an empty frame, one width, or a step that the frame does not have.
+    Raises ValueError for an empty frame, one size, both sizes growing, or a step that the frame does not have.
     """
     if frame.empty:
         raise ValueError("the frame has no rows")
+    axis = size_axis(frame)
     for _, rows in frame.groupby("parametrization"):
-        _require_widths(rows.width)
+        size_axis(rows)
     steps = sorted(set(frame.step) - {0})
     step = steps[-1] if step is None and steps else step
     if step not in steps:
@@ -356,26 +430,26 @@ def exponents(
         labels = dict(zip(("parametrization", "layer", "tensor", "quantity"), key, strict=True))
         tensor, quantity = labels["tensor"], labels["quantity"]
         predicted = group.predicted.iloc[0] if expected is None else expected.get((tensor, quantity), math.nan)
-        measured, stderr = _slope(group.width.to_numpy(), group.rms.to_numpy())
-        judged = quantity in ("init", "update") and (tensor in ROLES_OF or not group.predicted.isna().all())
+        measured, stderr = _slope(group[axis].to_numpy(), group.rms.to_numpy())
+        judged = quantity in JUDGED and (tensor in ROLES_OF or not group.predicted.isna().all())
         verdict = _verdict(tensor, quantity, measured, group.rms, judged)
         unknown = math.isnan(predicted) or verdict == "zero"
         agrees = pd.NA if unknown else bool(abs(measured - predicted) <= TOLERANCE)
         measures = {"predicted": predicted, "measured": measured, "stderr": stderr, "agrees": agrees, "verdict": verdict}
         rows.append(labels | measures | {"alignment": group.alignment.mean()})
     table = pd.DataFrame(rows).astype({"agrees": "boolean"})
-    place = table.tensor.map(TENSORS.index), table.quantity.map(("init", "update", "drift", "change").index)
+    place = table.tensor.map(TENSORS.index), table.quantity.map((*JUDGED, "drift", "change").index)
     depth = table.layer.where(table.tensor != "logits", table.layer.max() + 1)
     names = table.parametrization.map(list(table.parametrization.unique()).index)
     order = pd.DataFrame({"name": names, "depth": depth, "tensor": place[0], "quantity": place[1]})
     return table.loc[order.sort_values(list(order.columns)).index].reset_index(drop=True)
 
 
-def _slope(widths: np.ndarray, rms: np.ndarray) -> tuple[float, float]:
-    """(slope, standard error) of log2 RMS over log2 width; NaN where an RMS is zero or not finite."""
+def _slope(sizes: np.ndarray, rms: np.ndarray) -> tuple[float, float]:
+    """(slope, standard error) of log2 RMS over log2 size; NaN where an RMS is zero or not finite."""
     if not (np.isfinite(rms).all() and (rms > 0).all()):
         return math.nan, math.nan
-    x, y = np.log2(widths), np.log2(rms)
+    x, y = np.log2(sizes), np.log2(rms)
     slope, offset = np.polyfit(x, y, 1)
     freedom, spread = len(x) - 2, ((x - x.mean()) ** 2).sum()
     residuals = y - slope * x - offset
@@ -395,7 +469,7 @@ def _verdict(tensor: str, quantity: str, slope: float, rms: pd.Series, judged: b
 
 
 def suspects(table: pd.DataFrame, activation: str = "relu") -> pd.DataFrame:
-    """The cells that an exponents table condemns: columns parametrization, role, cell, power and because.
+    """The cells that an exponents table over widths condemns: columns parametrization, role, cell, power and because.
 
     A wrong multiplier moves init and update by the same power of the width, a wrong init_var (by half its power) init alone, a
     wrong lr update alone. What o and down inherit from v and up is taken off first, so that one wrong cell is named once.

@@ -27,6 +27,8 @@ from .sweeps import sweep
 from .transfer import losses_at, regrets
 
 DPI = 90
+PLURALS = {"width": "widths", "n_experts": "experts", "granularity": "granularities"}
+AT_FIRST = 6  # tables shown before the reader has chosen
 LARGEST_LIVE = 128  # width that a laptop trains in seconds
 CHOICES: tuple[Monomial | float, ...] = (  # what a cell can be set to; an embedding's fan_in never grows, the width does
     1,
@@ -95,21 +97,24 @@ def _html_table(table: pd.DataFrame) -> str:
 class LRExplorer(Explorer):
     """Loss against LR from shipped sweeps: choose tables, widths, step and seeds; drag "my LR" and read what it costs.
 
-    frame: as `read_sweep` returns it, with histories. by: the axis of transfer. Nothing is trained here; `live` rows, from
-    a `LiveSweep`, are drawn dashed.
+    frame: as `read_sweep` returns it, with histories. by: the axis of transfer: width, n_experts, granularity or another
+    field that is a number. names: what the parametrizations are called here, e.g. "arms" for rows that `arms.labelled` has
+    named. Panels are these, curves the values of `by`, or the other way round. Nothing is trained here; `live` rows, from a
+    `LiveSweep`, are drawn dashed.
     """
 
-    def __init__(self, frame: pd.DataFrame, by: str = "width"):
+    def __init__(self, frame: pd.DataFrame, by: str = "width", names: str = "tables"):
         self.frame, self.by, self.live = frame, by, frame.iloc[:0]
         recorded = [{record["step"] for record in history} for history in frame.history[~frame.diverged]]
         steps = sorted(set.intersection(*recorded)) if recorded else []
         if not steps:
             raise ValueError("the runs that did not diverge have no recorded step in common: select one length of training")
-        names, values, seeds = (list(dict.fromkeys(frame[c])) for c in ("parametrization", by, "seed"))
-        multiple = widgets.SelectMultiple
-        self.tables = _control(multiple, "tables", "ctrl-click for several", options=names, value=names, rows=5)
+        tables, values, seeds = (list(dict.fromkeys(frame[c])) for c in ("parametrization", by, "seed"))
+        multiple, first = widgets.SelectMultiple, tables[:AT_FIRST]
+        self.tables = _control(multiple, names, "ctrl-click for several", "330px", options=tables, value=first, rows=5)
         values, seeds = sorted(values), sorted(seeds)
-        self.values = _control(multiple, f"{by.replace('_', ' ')}s", "ctrl-click", options=values, value=values, rows=5)
+        plural = PLURALS.get(by, by.replace("_", " "))
+        self.values = _control(multiple, plural, "ctrl-click", options=values, value=values, rows=5)
         self.seeds = _control(multiple, "seeds", "several: mean and band", options=seeds, value=seeds, rows=5)
         self.step = _control(widgets.SelectionSlider, "after step", "training goes on", "420px", options=steps, value=steps[-1])
         low, high = (round(math.log2(f(frame.lr))) for f in (min, max))
@@ -117,11 +122,13 @@ class LRExplorer(Explorer):
             widgets.FloatSlider, "my LR = 2^", "arrow keys move it", "420px", min=low, max=high, step=0.25, value=-6.0
         )
         self.minima = _control(widgets.Checkbox, "mark the minima", "a star at each optimum", value=True)
+        panels = [(names, False), (self.values.description, True)]
+        self.panels = _control(widgets.ToggleButtons, "a panel for each of the", "the others are curves", options=panels)
         rows = (
             widgets.HBox([self.tables, self.values, self.seeds]),
-            widgets.HBox([self.step, self.my_lr, self.minima], layout=widgets.Layout(flex_flow="row wrap")),
+            widgets.HBox([self.step, self.my_lr, self.minima, self.panels], layout=widgets.Layout(flex_flow="row wrap")),
         )
-        super().__init__((self.tables, self.values, self.seeds, self.step, self.my_lr, self.minima), rows)
+        super().__init__((self.tables, self.values, self.seeds, self.step, self.my_lr, self.minima, self.panels), rows)
 
     def chosen(self) -> pd.DataFrame:
         """The rows that the controls ask for, with the losses at the chosen step. Raises ValueError if there are none."""
@@ -144,7 +151,7 @@ class LRExplorer(Explorer):
         return self.live[self.live[self.by].isin(self.values.value) & self.live.parametrization.isin(self.tables.value)]
 
     def draw(self) -> Figure:
-        marks = {"minima": self.minima.value, "my_lr": 2.0**self.my_lr.value}
+        marks = {"minima": self.minima.value, "my_lr": 2.0**self.my_lr.value, "swapped": self.panels.value}
         return lr_curves(self.chosen(), self.by, **marks, live=self.chosen_live())
 
     def regrets(self) -> pd.DataFrame:

@@ -14,11 +14,12 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
-from .coordinates import OUTPUTS, OUTSIDE, TENSORS, TOLERANCE, exponents
+from .coordinates import OUTPUTS, OUTSIDE, TENSORS, TOLERANCE, exponents, size_axis
 from .transfer import mean_losses, optimum, transfer_report
 
 MARKERS = "osD^vPX<>h"
 ALERT, QUIET = "#c1121f", "#333333"  # broken, and not
+WRAPPED = 5  # panels in one row
 OFF_SCALE = 1.2  # nats above the best loss at which the picture ends
 
 
@@ -43,43 +44,77 @@ def lr_curves(
     minima: bool = True,
     my_lr: float | None = None,
     live: pd.DataFrame | None = None,
+    swapped: bool = False,
 ) -> Figure:
     """Loss against learning rate: a panel per parametrization, a curve per value of `by`, minima marked.
 
     frame: as `sweep` returns it. Curves are means over seeds, with a band of one standard deviation. A star and a dotted
     line mark each optimum (hollow: on the grid's edge); a cross at the top is a run that diverged or lies above. my_lr: an
-    LR to mark in every panel. live: another sweep's frame, drawn dashed on top. Raises ValueError as `mean_losses` does.
+    LR to mark in every panel. live: another sweep's frame, drawn dashed on top. swapped: a panel per value of `by` and a
+    curve per parametrization. Raises ValueError as `mean_losses` does.
     """
     means = mean_losses(frame, by, loss)
-    names = list(dict.fromkeys(means.parametrization))
-    figure = Figure(figsize=(1.2 + 3.6 * len(names), 4.2), layout="constrained")
-    panels = figure.subplots(1, len(names), sharex=True, sharey=True, squeeze=False)[0]
-    reports = transfer_report(frame, by, loss).set_index("parametrization")
-    others = None if live is None or live.empty else mean_losses(live, by, loss)
-    top = _fit_losses(panels[0], means if others is None else pd.concat([means, others]))
-    looks = styles([*means[by], *([] if others is None else others[by])], by)
+    others = means.iloc[:0] if live is None or live.empty else mean_losses(live, by, loss)
+    shown = pd.concat([means, others])
+    panel, curve = (by, "parametrization") if swapped else ("parametrization", by)
+    names = sorted(set(means[by])) if swapped else list(dict.fromkeys(means.parametrization))
+    titles = {name: f"{by.replace('_', ' ')} {name:g}" for name in names} if swapped else _titles(frame, by, loss)
+    looks = table_styles(shown.parametrization) if swapped else styles(shown[by], by)
+    figure, panels = _panels(len(names), {"val_loss": "validation", "train_loss": "training"}.get(loss, loss))
+    top = _fit_losses(panels[0], shown)
     for axes, name in zip(panels, names, strict=True):
-        for value, curve in means[means.parametrization == name].groupby(by):
-            _draw_curve(axes, curve.sort_values("lr"), f"{value:g}", looks[value], top, minima)
-        if others is not None:
-            for value, curve in others[others.parametrization == name].groupby(by):
-                curve = curve.sort_values("lr")
-                axes.plot(curve.lr, curve.loss.clip(upper=top), "--", markersize=7, fillstyle="none", **looks[value])
+        for value, points in means[means[panel] == name].groupby(curve):
+            _draw_curve(axes, points.sort_values("lr"), _name(value), looks[value], top, minima)
+        for value, points in others[others[panel] == name].groupby(curve):
+            points = points.sort_values("lr")
+            axes.plot(points.lr, points.loss.clip(upper=top), "--", markersize=7, fillstyle="none", **looks[value])
         if my_lr is not None:
             axes.axvline(my_lr, color="black", linewidth=1.4)
-        axes.set_title(f"{name}\n{_drift(reports.loc[name])}", fontsize=11)
-        axes.set_xlabel("learning rate")
+        axes.set_title(titles[name], fontsize=11 if len(names) <= WRAPPED else 9)
         _label_octaves(axes, sorted({*means.lr, *(() if my_lr is None else (my_lr,))}))
         axes.grid(alpha=0.25)
-    panels[0].set_ylabel({"val_loss": "validation", "train_loss": "training"}.get(loss, loss) + " loss (nats per character)")
-    handles = {float(line.get_label()): line for axes in panels for line in axes.get_legend_handles_labels()[0]}
-    lines = [handles[value] for value in sorted(handles)]
-    if others is not None:
+    handles = {line.get_label(): line for axes in panels for line in axes.get_legend_handles_labels()[0]}
+    lines = [handles[_name(value)] for value in looks if _name(value) in handles]
+    if len(others):
         lines.append(Line2D([], [], color="black", linestyle="--", label="live"))
     if my_lr is not None:
         lines.append(Line2D([], [], color="black", linewidth=1.4, label="my LR"))
-    figure.legend(handles=lines, title=by.replace("_", " "), loc="outside right center", frameon=False)
+    figure.legend(handles=lines, title=None if swapped else by.replace("_", " "), loc="outside right center", frameon=False)
     return figure
+
+
+def _name(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
+
+
+def _panels(number: int, loss: str) -> tuple[Figure, list[Axes]]:
+    """A figure of so many panels of loss against LR that share their axes, in rows of four where one would be too long."""
+    columns = number if number <= WRAPPED else 4
+    rows = math.ceil(number / columns)
+    figure = Figure(figsize=(1.2 + 3.6 * columns, 4.2 if rows == 1 else 0.6 + 3.1 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
+    for place, axes in enumerate(panels):
+        if place >= number:
+            axes.set_axis_off()
+        if place + columns >= number:  # the last of its column
+            axes.set_xlabel("learning rate")
+            axes.tick_params(labelbottom=True)
+        if place % columns == 0:
+            axes.set_ylabel(f"{loss} loss (nats per character)")
+    return figure, panels[:number]
+
+
+def _titles(frame: pd.DataFrame, by: str, loss: str) -> dict[str, str]:
+    """parametrization -> its name, and how far its best LR drifts."""
+    reports = transfer_report(frame, by, loss).set_index("parametrization")
+    return {name: f"{name}\n{_drift(report)}" for name, report in reports.iterrows()}
+
+
+def table_styles(names: Iterable[str]) -> dict[str, dict]:
+    """name -> the colour and marker that stand for it within one figure, in their order."""
+    names = list(dict.fromkeys(names))
+    looks = zip(sns.color_palette("husl", len(names)), MARKERS * len(names), strict=False)
+    return {name: {"color": color, "marker": marker} for name, (color, marker) in zip(names, looks, strict=False)}
 
 
 def _fit_losses(axes: Axes, means: pd.DataFrame) -> float:
@@ -134,7 +169,7 @@ def _label_octaves(axes: Axes, lrs: list[float]) -> None:
 
 
 def coordinate_curves(frame: pd.DataFrame, layer: int | None = None) -> Figure:
-    """A coordinate check as small multiples: a panel per tensor, how its RMS grows with width, relative to the smallest.
+    """A coordinate check as small multiples: a panel per tensor, how its RMS grows with the size, relative to the smallest.
 
     frame: from `coordinate_check`; each parametrization gets two rows of panels. Dark: the output at init; blue, a line
     per step: the update (change, where a tensor is no weight's own). Dashed: the predicted slopes. Red: what the verdict
@@ -143,12 +178,12 @@ def coordinate_curves(frame: pd.DataFrame, layer: int | None = None) -> Figure:
     """
     if layer is not None and layer not in set(frame.layer) - {OUTSIDE}:
         raise ValueError(f"layer={layer!r}: the frame has {sorted(set(frame.layer) - {OUTSIDE})}")
-    table = exponents(frame)
+    table, axis = exponents(frame), size_axis(frame)
     names = list(dict.fromkeys(frame.parametrization))
     means = _growth(frame)
     figure = Figure(figsize=(12.5, 4.9 * len(names)), layout="constrained")
     for part, name in zip(np.atleast_1d(figure.subfigures(len(names), 1)), names, strict=True):
-        part.suptitle(f"{name}: growth with width", fontsize=12)
+        part.suptitle(f"{name}: growth with {axis}", fontsize=12)
         panels = part.subplots(2, 6, sharex=True, sharey=True).flat
         own = table[table.parametrization == name]
         for axes, tensor in zip(panels, TENSORS, strict=True):
@@ -158,9 +193,9 @@ def coordinate_curves(frame: pd.DataFrame, layer: int | None = None) -> Figure:
             else:
                 _draw_tensor(axes, rows, means[name])
         for axes in part.axes:
-            axes.set_xlabel("width", fontsize=9)
+            axes.set_xlabel(axis, fontsize=9)
             axes.label_outer()
-        part.supylabel("RMS / RMS at the smallest width", fontsize=9)
+        part.supylabel(f"RMS / RMS at the smallest {axis}", fontsize=9)
         _coordinate_legend(part, sorted(set(frame.step) - {0}))
     shown = [axes for part in figure.subfigs for axes in part.axes if axes.axison]
     low, high = (f(axes.get_ylim()[i] for axes in shown) for i, f in enumerate((min, max)))
@@ -170,9 +205,9 @@ def coordinate_curves(frame: pd.DataFrame, layer: int | None = None) -> Figure:
 
 
 def _growth(frame: pd.DataFrame) -> pd.Series:
-    """log2 of each RMS (mean over seeds) over that at the smallest width; the index ends in step and width."""
+    """log2 of each RMS (mean over seeds) over that at the smallest size; the index ends in step and size."""
     means = frame.assign(rms=np.log2(frame.rms.where(frame.rms > 0)))
-    means = means.groupby(["parametrization", "layer", "tensor", "quantity", "step", "width"]).rms.mean()
+    means = means.groupby(["parametrization", "layer", "tensor", "quantity", "step", size_axis(frame)]).rms.mean()
     return means - means.groupby(level=[0, 1, 2, 3, 4]).transform("first")  # levels are sorted
 
 
@@ -187,7 +222,7 @@ def _draw_tensor(axes: Axes, rows: pd.DataFrame, means: pd.Series) -> None:
     for quantity in ("init", moved):
         row = rows.loc[quantity]
         alert = row.verdict in ("explodes", "shrinks")
-        curves = means[layer, tensor, quantity].unstack("width")  # a row per step, log2
+        curves = means[layer, tensor, quantity].unstack(-1)  # a row per step, a column per size, log2
         if curves.notna().all(axis=None):
             shades = [QUIET] if quantity == "init" else sns.color_palette("Blues", len(curves) + 2)[2:]
             for shade, (_, curve) in zip(shades, curves.iterrows(), strict=True):
@@ -195,9 +230,9 @@ def _draw_tensor(axes: Axes, rows: pd.DataFrame, means: pd.Series) -> None:
                 color = ALERT if alert and last else shade
                 axes.plot(curve.index, 2.0**curve, color=color, linewidth=2 if last else 1.2, marker="o", markersize=3)
             if not math.isnan(row.predicted):
-                widths = curves.columns.to_numpy(float)
-                expected = (widths / widths[0]) ** row.predicted
-                axes.plot(widths, expected, "--", color="black", linewidth=1, zorder=5)
+                sizes = curves.columns.to_numpy(float)
+                expected = (sizes / sizes[0]) ** row.predicted
+                axes.plot(sizes, expected, "--", color="black", linewidth=1, zorder=5)
         word = f" {row.verdict}" if row.verdict in ("explodes", "shrinks", "zero") else ""
         said.append((f"{quantity} {row.measured:+.2f}{word}", alert))
     place = "" if layer == OUTSIDE else f", layer {layer}"
@@ -206,7 +241,7 @@ def _draw_tensor(axes: Axes, rows: pd.DataFrame, means: pd.Series) -> None:
         axes.title.set_color(ALERT)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda width, _: f"{width:g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:g}"))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda growth, _: f"{growth:g}" if growth >= 1 else f"1/{1 / growth:g}"))
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
@@ -265,7 +300,7 @@ def exponents_chart(predicted: dict[tuple[str, str], float], table: pd.DataFrame
 
 
 def tensor_curves(frame: pd.DataFrame, tensor: str, layer: int = OUTSIDE, step: int | None = None) -> Figure:
-    """One tensor of one coordinate check: the RMS of init, update, drift and change against width, with fitted slopes.
+    """One tensor of one coordinate check: the RMS of each of its quantities against the size, with fitted slopes.
 
     frame: rows of one parametrization from `coordinate_check`. Dots are seeds; dashed: the slope predicted for the
     quantity. step: of update, drift and change (default: the last). Raises ValueError if there is no such tensor.
@@ -274,7 +309,7 @@ def tensor_curves(frame: pd.DataFrame, tensor: str, layer: int = OUTSIDE, step: 
     rows = rows[(rows.tensor == tensor) & (rows.layer == layer)]
     if rows.empty or rows.parametrization.nunique() > 1:
         raise ValueError(f"the frame needs one parametrization and the tensor {tensor!r} of layer {layer}")
-    step = frame.step.max() if step is None else step
+    step, axis = frame.step.max() if step is None else step, size_axis(frame)
     points = frame[(frame.tensor == tensor) & (frame.layer == layer) & frame.step.isin((0, step))]
     figure = Figure(figsize=(2.6 * len(rows) + 0.6, 3.2), layout="constrained")
     panels = figure.subplots(1, len(rows), sharex=True, squeeze=False)[0]
@@ -283,16 +318,16 @@ def tensor_curves(frame: pd.DataFrame, tensor: str, layer: int = OUTSIDE, step: 
         broken = row.verdict in ("explodes", "shrinks")
         axes.set_title(f"{row.quantity}\n" + _slope_words(row), fontsize=10, color=ALERT if broken else "black")
         axes.set_xscale("log", base=2)
-        axes.set_xticks(sorted(set(own.width)), [f"{width:g}" for width in sorted(set(own.width))])
+        axes.set_xticks(sorted(set(own[axis])), [f"{size:g}" for size in sorted(set(own[axis]))])
         axes.minorticks_off()
-        axes.set_xlabel("width")
+        axes.set_xlabel(axis)
         axes.grid(alpha=0.25)
         if row.verdict == "zero":
             axes.text(0.5, 0.5, "exactly zero", transform=axes.transAxes, ha="center")
             axes.set_yticks([])
             continue
-        means = own.groupby("width").rms.apply(lambda rms: float(np.exp(np.log(rms).mean())))
-        axes.plot(own.width, own.rms, "o", markersize=3, color=ALERT if broken else QUIET, alpha=0.5)
+        means = own.groupby(axis).rms.apply(lambda rms: float(np.exp(np.log(rms).mean())))
+        axes.plot(own[axis], own.rms, "o", markersize=3, color=ALERT if broken else QUIET, alpha=0.5)
         axes.plot(means.index, means, color=ALERT if broken else QUIET, linewidth=1.8)
         if not math.isnan(row.predicted):
             middle, centre = np.exp(np.log(means).mean()), np.exp(np.log(means.index.to_numpy(float)).mean())

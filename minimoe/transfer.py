@@ -132,6 +132,82 @@ def transfer_report(frame: pd.DataFrame, by: str = "width", loss: str = "val_los
     return pd.DataFrame(rows)
 
 
+def seed_optima(frame: pd.DataFrame, by: str = "width", loss: str = "val_loss") -> pd.DataFrame:
+    """Each seed's own optimum: one row per parametrization, value of `by` and seed, with columns best_octave and inside.
+
+    best_octave: log2 of the LR where a parabola in log2 LR is least, fitted (least squares) to the seed's losses within an
+    octave of the best grid LR of the mean curve. On a half-octave grid that is five points, which is steadier than three.
+    inside: False, and best_octave NaN, where that LR lies on the grid's edge, a loss there is infinite, or the parabola has
+    no minimum within the octave. Raises ValueError as `mean_losses` does.
+    """
+    centres = {}
+    for curve, points in mean_losses(frame, by, loss).groupby(["parametrization", by], sort=False):
+        points = points.sort_values("lr")
+        centres[curve] = optimum(points.lr.to_numpy(), points.loss.to_numpy())
+    rows = []
+    points = frame.drop_duplicates(["parametrization", by, "seed", "lr"])
+    for (name, value, seed), own in points.groupby(["parametrization", by, "seed"], sort=False):
+        centre = centres[name, value]
+        octaves = np.log2(own.lr.to_numpy()) - math.log2(centre["grid_lr"] if not centre["on_edge"] else math.nan)
+        near = np.abs(octaves) <= 1 + 1e-9
+        vertex = _fitted_vertex(octaves[near], own[loss].to_numpy()[near])
+        best = vertex + math.log2(centre["grid_lr"]) if abs(vertex) <= 1 else math.nan
+        rows.append({"parametrization": name, by: value, "seed": seed, "best_octave": best, "inside": not math.isnan(best)})
+    return pd.DataFrame(rows)
+
+
+def _fitted_vertex(x: np.ndarray, y: np.ndarray) -> float:
+    """Where the parabola nearest to the points has its minimum; NaN if it has none."""
+    if len(x) < 3 or not np.isfinite(y).all():
+        return math.nan
+    curvature, slope, _ = np.polyfit(x, y, 2)
+    return float(-slope / (2 * curvature)) if curvature > 0 else math.nan
+
+
+def drift_report(frame: pd.DataFrame, by: str = "width", loss: str = "val_loss") -> pd.DataFrame:
+    """How far the best LR moves over `by`, with the seeds' error: one row per parametrization.
+
+    Columns: best_octave_<value> and error_<value> (mean over seeds of `seed_optima`, and its standard error), drift and
+    drift_error (octaves, largest less smallest value, seed by seed), per_doubling and per_doubling_error (slope over
+    log2 of `by`, by least squares over all values, seed by seed), regret and regret_error (nats: the largest model at the
+    smallest's best grid LR less its own best; see `transfer_report`), best_loss_<value>, seeds (the fewest behind any
+    optimum). An error is NaN with one seed. Raises ValueError as `mean_losses` does.
+    """
+    optima, means = seed_optima(frame, by, loss), transfer_report(frame, by, loss).set_index("parametrization")
+    rows = []
+    for name, own in optima.groupby("parametrization", sort=False):
+        octaves = own.pivot(index="seed", columns=by, values="best_octave")  # a row per seed
+        sizes, row = sorted(octaves), {"parametrization": name}
+        for size in sizes:
+            row[f"best_octave_{size}"], row[f"error_{size}"] = _mean_and_error(octaves[size])
+        whole = octaves.dropna()
+        row["drift"], row["drift_error"] = _mean_and_error(whole[sizes[-1]] - whole[sizes[0]])
+        slopes = pd.Series([np.polyfit(np.log2(sizes), line, 1)[0] for line in whole.to_numpy()] if len(sizes) > 1 else [])
+        row["per_doubling"], row["per_doubling_error"] = _mean_and_error(slopes)
+        large = frame[(frame.parametrization == name) & (frame[by] == sizes[-1])].drop_duplicates(["seed", "lr"])
+        losses = large.pivot(index="seed", columns="lr", values=loss)
+        there, best = (losses.get(means.loc[name, f"grid_lr_{size}"]) for size in (sizes[0], sizes[-1]))
+        row["regret"], row["regret_error"] = (math.nan, math.nan) if there is None else _mean_and_error(there - best)
+        row |= {f"best_loss_{size}": means.loc[name, f"best_loss_{size}"] for size in sizes}
+        rows.append(row | {"seeds": int(octaves.notna().sum().min())})
+    return pd.DataFrame(rows)
+
+
+def _mean_and_error(values: pd.Series) -> tuple[float, float]:
+    """Mean and standard error; NaN where there are too few values."""
+    values = values.dropna()
+    return (float(values.mean()), float(values.std() / math.sqrt(len(values)))) if len(values) else (math.nan, math.nan)
+
+
+def drift_words(drift: float, error: float) -> str:
+    """A drift in octaves with its standard error, in words: what lies within two errors of 0 was not seen."""
+    if math.isnan(drift):
+        return "no optimum"
+    if math.isnan(error):
+        return f"{drift:+.2f} (one seed)"
+    return f"{drift:+.2f} ± {error:.2f}" if abs(drift) > 2 * error else f"none seen, |drift| < {abs(drift) + 2 * error:.2f}"
+
+
 def sentence(row: pd.Series, by: str = "width") -> str:
     """One row of a report in plain words."""
     values = [column.removeprefix("best_lr_") for column in row.index if column.startswith("best_lr_")]

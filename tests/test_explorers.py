@@ -3,10 +3,12 @@
 import json
 import math
 
+import pandas as pd
 import pytest
 from ipywidgets import HTML, Widget
 
 from minimoe import PARAMETRIZATIONS, coordinate_check, fan_in, losses_at, regrets, sweep, width
+from minimoe.arms import ARMS, labelled
 from minimoe.explorers import CoordinateExplorer, LiveSweep, LRExplorer, TableExplorer
 from minimoe.parametrization import as_monomial
 
@@ -54,6 +56,34 @@ def test_regret_at_a_grid_point_is_that_points_loss_less_the_best(swept):
     assert outside.regret.isna().all()
     with pytest.raises(ValueError, match="must be positive"):
         regrets(swept, 0)
+
+
+def test_panels_can_be_widths_and_curves_tables(swept):
+    explorer = LRExplorer(swept)
+    assert [axes.get_title().split("\n")[0] for axes in explorer.figure.axes] == ["sp", "mup"]
+    assert picture_changed(explorer, explorer.panels, True)
+    assert [axes.get_title() for axes in explorer.figure.axes] == ["width 32", "width 64"]
+
+
+@pytest.mark.parametrize(
+    ("by", "label", "fields"),
+    [("n_experts", "experts", {"n_experts": (4, 8)}), ("granularity", "granularities", {"granularity": (1, 2)})],
+)
+def test_expert_count_granularity_and_arms_are_axes(by, label, fields, corpus):
+    arms = {name: ARMS[name] for name in ("authors", "down by fan_in")}
+    parts = [
+        sweep((32,), (arm.table,), LRS, (0,), 4, corpus, n_jobs=1, progress=False, context=16, base_granularity=1,
+              base_width=16, **{by: size}, **arm.fields)
+        for arm in arms.values()
+        for size in fields[by]
+    ]  # fmt: skip
+    explorer = LRExplorer(labelled(pd.concat(parts, ignore_index=True), arms), by, names="arms")
+    assert (explorer.tables.description, explorer.values.description) == ("arms", label)
+    assert explorer.tables.options == ("authors", "down by fan_in")
+    assert explorer.values.options == fields[by]
+    assert list(explorer.regrets().columns) == list(fields[by])
+    assert picture_changed(explorer, explorer.tables, ("authors",))
+    assert f"at {by}" in explorer.text.value
 
 
 def test_choices_choose_rows(swept):
@@ -191,7 +221,7 @@ def test_coordinate_explorer_shows_one_tensor(checked):
     for control, value in ((explorer.tensor, "logits"), (explorer.name, "mup"), (explorer.step, 1), (explorer.tensor, "moe")):
         assert picture_changed(explorer, control, value)
     assert set(explorer.slopes().tensor) == {"moe"}
-    assert set(explorer.slopes().quantity) == {"init", "change"}
+    assert set(explorer.slopes().quantity) == {"init", "change", "from_up", "from_down"}
     explorer.tensor.value = "embedding"
     assert "zero" in explorer.text.value  # its drift
 

@@ -202,6 +202,10 @@ def test_numpy_grids_and_repeated_values(corpus):
     ("one", "two"),
     [
         ({"config": Config(width=64, balance_weight=1)}, {"config": Config(width=64, balance_weight=1.0)}),
+        (
+            {"config": Config(width=64, balance_weight=0.01, balance_times_k=True)},
+            {"config": Config(width=64, balance_weight=0.02)},
+        ),
         ({"options": TrainOptions(weight_decay=0)}, {"options": TrainOptions(weight_decay=0.0)}),
         ({"options": TrainOptions(data_seed=0)}, {"options": TrainOptions()}),
         (

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from minimoe import lr_curves, transfer_report
 from minimoe.figures import styles
-from minimoe.transfer import optimum, sentence
+from minimoe.transfer import drift_report, drift_words, optimum, seed_optima, sentence
 
 
 def frame(curves, name="mup", seeds=(0,)):
@@ -114,6 +114,84 @@ def test_rows_that_differ_in_something_else_are_not_averaged():
     assert transfer_report(wide).seeds[0] == 1
     both = one.assign(n_experts=one.width // 4, top_k=one.width // 16)  # k / E fixed: two fields move together
     assert transfer_report(both, by="n_experts").drift_octaves[0] == pytest.approx(0)
+
+
+HALVES = np.arange(-9, -3, 0.5)
+
+
+def seeded(centres, floor=2.0):
+    """centres: width -> the seeds' optima, in octaves; curves are parabolas."""
+    return pd.concat(
+        frame({width: parabola(centre, floor, HALVES)}, seeds=(seed,))
+        for width, seeds in centres.items()
+        for seed, centre in enumerate(seeds)
+    )
+
+
+def test_each_seed_has_its_own_optimum_and_the_drift_its_error():
+    rows = seeded({32: (-6.1, -6.0, -5.9), 64: (-6.3, -6.1, -6.2), 128: (-6.5, -6.3, -6.4)})
+    optima = seed_optima(rows).set_index(["width", "seed"]).best_octave
+    assert optima[32].tolist() == pytest.approx([-6.1, -6.0, -5.9])
+    assert optima[128].tolist() == pytest.approx([-6.5, -6.3, -6.4])
+    row = drift_report(rows).iloc[0]
+    assert (row.best_octave_32, row.error_32) == pytest.approx((-6.0, 0.1 / math.sqrt(3)))
+    drifts = np.array([-0.4, -0.3, -0.5])  # seed by seed
+    assert (row.drift, row.drift_error) == pytest.approx((drifts.mean(), drifts.std(ddof=1) / math.sqrt(3)))
+    assert (row.per_doubling, row.per_doubling_error) == pytest.approx((drifts.mean() / 2, row.drift_error / 2))
+    assert row.seeds == 3
+
+
+def test_the_regret_has_an_error_too():
+    row = drift_report(seeded({32: (-6.0, -6.0), 64: (-7.0, -7.5)})).iloc[0]
+    at = {seed: 0.1 * ((-6 - centre) ** 2 - (-7.5 - centre) ** 2) for seed, centre in enumerate((-7.0, -7.5))}
+    if transfer_report(seeded({32: (-6.0, -6.0), 64: (-7.0, -7.5)})).grid_lr_64[0] == 2.0**-7.0:
+        at = {seed: 0.1 * ((-6 - centre) ** 2 - (-7 - centre) ** 2) for seed, centre in enumerate((-7.0, -7.5))}
+    assert row.regret == pytest.approx(np.mean(list(at.values())))
+    assert row.regret_error == pytest.approx(np.std(list(at.values()), ddof=1) / math.sqrt(2))
+
+
+def test_an_optimum_on_the_edge_or_beside_a_diverged_run_has_no_place():
+    rows = seeded({32: (-6.0, -6.0), 64: (-12.0, -12.0)})
+    assert seed_optima(rows).inside.tolist() == [True, True, False, False]
+    row = drift_report(rows).iloc[0]
+    assert math.isnan(row.drift)
+    assert row.seeds == 0
+    rows = frame({32: {-7: 2.2, -6: 2.1, -5.5: 2.15, -5: math.inf}}, seeds=(0, 1))
+    assert not seed_optima(rows).inside.any()
+    assert not seed_optima(frame({32: {-7: 2.0, -6: 2.0, -5: 2.0}})).inside.any()  # flat
+
+
+def test_one_seed_has_a_drift_without_an_error():
+    row = drift_report(seeded({32: (-6.0,), 64: (-7.0,)})).iloc[0]
+    assert row.drift == pytest.approx(-1.0)
+    assert math.isnan(row.drift_error)
+    assert drift_words(row.drift, row.drift_error) == "-1.00 (one seed)"
+
+
+def test_a_drift_within_two_errors_was_not_seen():
+    assert drift_words(-0.5, 0.2) == "-0.50 ± 0.20"
+    assert drift_words(-0.3, 0.2) == "none seen, |drift| < 0.70"
+    assert drift_words(math.nan, 0.2) == "no optimum"
+
+
+def test_swapped_panels_are_values_and_curves_are_tables():
+    rows = pd.concat([frame({32: parabola(-6, 2), 64: parabola(-7, 2)}, name) for name in ("mup", "sp", "simplep")])
+    figure = lr_curves(rows, swapped=True)
+    assert [axes.get_title() for axes in figure.axes] == ["width 32", "width 64"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["mup", "sp", "simplep"]
+    colors = [
+        {line.get_label(): line.get_color() for line in axes.lines if line.get_label() in ("mup", "sp")} for axes in figure.axes
+    ]
+    assert colors[0] == colors[1]
+    assert colors[0]["mup"] != colors[0]["sp"]
+
+
+def test_many_panels_go_into_rows():
+    rows = pd.concat([frame({32: parabola(-6, 2)}, f"arm {i}") for i in range(7)])
+    shown = [axes for axes in lr_curves(rows).axes if axes.axison]
+    assert len(shown) == 7
+    assert len({round(axes.get_position().y0, 3) for axes in shown}) == 2
+    assert [axes.get_xlabel() for axes in shown] == [""] * 3 + ["learning rate"] * 4
 
 
 def test_sentences_without_an_optimum_or_a_comparison():

@@ -1,0 +1,101 @@
+"""The arms of the two ablations as data: each is a table and some fields of Config.
+
+Granularity (`ARMS`). The published code differs from a muP purist's in five places, and each can be crossed on its own:
+
+    gates     raw softmax values of the active experts, or renormalised to sum to 1
+    down      the down projections' init variance and LR: 1 / width, as their name has it, or 1 / their true fan_in
+    balance   the balance loss K times 0.01, which grows with the granularity, or what that is at granularity 1
+    route     the scale of the routed sum: 1, sqrt(K) or K, relative to that at granularity 1 (a multiplier of `down`)
+    router    the router's row of the table: SimpleP's or muP's
+
+With base_granularity=1 and top_k=2 all arms with one kind of gates and router are one run at granularity 1.
+
+Number of experts (`EXPERT_ARMS`): muP and SimpleP, gates raw and renormalised, two active experts or a quarter of all.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pandas as pd
+
+from .parametrization import PARAMETRIZATIONS, Monomial, Parametrization, fan_in, granularity, width
+
+
+class Arm(NamedTuple):
+    """What an arm sets: its table, and fields of Config."""
+
+    table: Parametrization
+    fields: dict
+    share: float | None = None  # top_k / n_experts, where that is held fixed
+
+    def active(self, n_experts: int) -> int:
+        """top_k with this number of experts."""
+        return TOP_K if self.share is None else int(self.share * n_experts)
+
+
+ROUTES: dict[str, Monomial | float] = {"1": 1, "sqrt(K)": granularity**0.5, "K": granularity}
+DOWN = {"width": width, "fan_in": fan_in}  # what init variance and LR are the inverse of
+ROUTERS = ("simplep", "mup", "simplep, LR / sqrt(G)")
+TOP_K = 2  # at granularity 1
+
+
+def arm(gates: str = "raw", down: str = "width", balance: str = "K", route: str = "1", router: str = "simplep") -> Arm:
+    """One arm; the defaults are the published code (arXiv 2508.09752, SimpleP).
+
+    gates: raw or renormalised. down: width or fan_in. balance: K or 1. route: 1, sqrt(K) or K. router: one of ROUTERS.
+    Raises ValueError for another choice.
+    """
+    choices = {
+        "gates": (gates, ("raw", "renormalised")),
+        "down": (down, tuple(DOWN)),
+        "balance": (balance, ("K", "1")),
+        "route": (route, tuple(ROUTES)),
+        "router": (router, ROUTERS),
+    }
+    for name, (choice, valid) in choices.items():
+        if choice not in valid:
+            raise ValueError(f"{name}={choice!r}: must be one of {', '.join(valid)}")
+    cells = {"init_var": 1 / DOWN[down], "lr": 1 / DOWN[down], "multiplier": ROUTES[route]}
+    name, table = f"{router}, down by {down}, route {route}", PARAMETRIZATIONS[router.partition(",")[0]]
+    if router == ROUTERS[-1]:
+        table = table.replace("router", name, lr=table["router"].lr / granularity**0.5)
+    table = table.replace("experts_down", name, **cells)
+    weighed = {"balance_weight": 0.01, "balance_times_k": True} if balance == "K" else {"balance_weight": 0.01 * TOP_K}
+    return Arm(table, {"renormalize": gates == "renormalised", "balance_times_k": False, **weighed})
+
+
+ARMS: dict[str, Arm] = {
+    "authors": arm(),
+    "gates renormalised": arm(gates="renormalised"),
+    "down by fan_in": arm(down="fan_in"),
+    "balance 1": arm(balance="1"),
+    "route sqrt(K)": arm(route="sqrt(K)"),
+    "route K": arm(route="K"),
+    "router mup": arm(router="mup"),
+    "fan_in + sqrt(K)": arm(down="fan_in", route="sqrt(K)"),
+    "fan_in + K": arm(down="fan_in", route="K"),
+    "route K + router LR": arm(route="K", router=ROUTERS[-1]),
+    "all mended, fan_in": arm("renormalised", "fan_in", "1", "1", "mup"),
+    "all mended, route K": arm("renormalised", "width", "1", "K", "mup"),
+}
+
+
+EXPERT_ARMS: dict[str, Arm] = {
+    f"{name}, {gates}, k={active}": Arm(PARAMETRIZATIONS[name], {"renormalize": gates == "renormalised"}, share)
+    for name in ("mup", "simplep")
+    for gates in ("raw", "renormalised")
+    for active, share in (("2", None), ("E/4", 0.25))
+}
+
+
+def labelled(frame: pd.DataFrame, arms: dict[str, Arm] = ARMS) -> pd.DataFrame:
+    """The rows of a sweep that belong to an arm, with the arm's name for their parametrization, in the arms' order."""
+    parts = []
+    for name, arm in arms.items():
+        mine = frame.parametrization == arm.table.name
+        for field, value in arm.fields.items():
+            mine &= frame[field] == value
+        mine &= frame.top_k == frame.n_experts.map(arm.active)
+        parts.append(frame[mine].assign(parametrization=name))
+    return pd.concat(parts, ignore_index=True)

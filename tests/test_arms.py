@@ -1,0 +1,100 @@
+"""The arms of the ablations: what each changes, and what is one run under all."""
+
+import pytest
+
+from minimoe import Config, TrainOptions
+from minimoe.arms import ARMS, EXPERT_ARMS, arm, labelled
+from minimoe.coordinates import predicted_exponents
+from minimoe.sweeps import run_key, sweep, tensor_numbers
+
+SIZES = {"width": 64, "base_width": 16, "base_granularity": 1}
+
+
+def config(name, granularity=1, **sizes):
+    return Config(ARMS[name].table, granularity=granularity, **ARMS[name].fields, **SIZES | sizes)
+
+
+def key(name, granularity=1):
+    return run_key(config(name, granularity), 2**-5, 10, TrainOptions(), "text")
+
+
+def test_at_granularity_1_arms_differ_in_gates_and_router_alone():
+    keys = {name: key(name) for name in ARMS}
+    assert len({keys[name] for name in ARMS if name not in ("gates renormalised", "router mup")}) == 2  # mended: both
+    assert keys["all mended, fan_in"] == keys["all mended, route K"]
+    assert len(set(keys.values())) == 4
+
+
+def test_at_granularity_4_every_arm_is_a_run_of_its_own():
+    assert len({key(name, 4) for name in ARMS}) == len(ARMS)
+
+
+def test_arms_at_the_base_width_have_the_plain_models_numbers():
+    plain = tensor_numbers(Config("simplep", width=16, base_width=16))
+    for name in ARMS:
+        assert tensor_numbers(config(name, width=16)) == plain, name
+
+
+def test_down_cells_by_hand():
+    """At granularity 4 the down projection's fan_in is 32, from 128 at 1 and 32 at the base (width 16)."""
+
+    def down(name):
+        return tensor_numbers(config(name, 4))["blocks.0.moe.down"]
+
+    base = 32**-0.5  # std at the base
+    assert (down("authors").std, down("authors").lr, down("authors").multiplier) == pytest.approx((base / 2, 1 / 4, 1))
+    assert (down("down by fan_in").std, down("down by fan_in").lr) == pytest.approx((base, 1))
+    assert down("route sqrt(K)").multiplier == pytest.approx(2)
+    assert down("route K").multiplier == pytest.approx(4)
+    router = {name: tensor_numbers(config(name, 4))["blocks.0.moe.router"] for name in ARMS}
+    assert router["route K + router LR"].lr == pytest.approx(router["route K"].lr / 2)
+    assert router["router mup"].multiplier == pytest.approx(1 / 4)
+
+
+def test_the_balance_loss_of_the_authors_grows_with_granularity():
+    assert [config("authors", g).balance_coefficient for g in (1, 4, 16)] == pytest.approx([0.02, 0.08, 0.32])
+    assert [config("balance 1", g).balance_coefficient for g in (1, 4, 16)] == [0.02] * 3
+
+
+def test_predicted_exponents_in_granularity_by_hand():
+    """(init, from_up, from_down) of the MoE's output."""
+    expected = {
+        "authors": (-1, -1, -1),
+        "gates renormalised": (-1, -1, -1),
+        "down by fan_in": (-0.5, -0.5, 0),
+        "route sqrt(K)": (-0.5, -0.5, -0.5),
+        "route K": (0, 0, 0),
+        "fan_in + sqrt(K)": (0, 0, 0.5),
+        "fan_in + K": (0.5, 0.5, 1),
+        "all mended, fan_in": (-0.5, -0.5, 0),
+        "all mended, route K": (0, 0, 0),
+    }
+    for name, exponents in expected.items():
+        found = predicted_exponents(config(name), "granularity")
+        assert tuple(found["moe", quantity] for quantity in ("init", "from_up", "from_down")) == exponents, name
+
+
+def test_rows_find_their_arms(corpus):
+    arms = {name: ARMS[name] for name in ("authors", "balance 1", "down by fan_in")}
+    frames = {
+        name: sweep((32,), (a.table,), (2**-5,), (0,), 2, corpus, n_jobs=1, progress=False, context=16, **a.fields)
+        for name, a in arms.items()
+    }
+    for name, frame in frames.items():
+        assert labelled(frame, arms).parametrization.tolist() == [name]
+    assert labelled(frames["authors"].assign(top_k=1), arms).empty  # not an arm's
+
+
+def test_expert_arms_hold_k_or_its_share():
+    assert [EXPERT_ARMS["mup, raw, k=2"].active(n) for n in (2, 8, 32)] == [2, 2, 2]
+    assert [EXPERT_ARMS["mup, raw, k=E/4"].active(n) for n in (4, 8, 32)] == [1, 2, 8]
+    assert len(EXPERT_ARMS) == 8
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [({"gates": "hard"}, "gates='hard': must be one of raw, renorm"), ({"route": "2"}, "route='2': must be one of 1, sqrt")],
+)
+def test_unknown_choices_are_refused(choice, message):
+    with pytest.raises(ValueError, match=message):
+        arm(**choice)
