@@ -15,6 +15,10 @@ experts, two updates are told apart:
     from_down  sum g dWdown h         what the down projections' change does to today's hidden values, under today's gates
     from_up    sum g Wdown0 (h - h')  what the up projections' change does through the initial down projections (h' : without it)
 
+and for both and the router, whose updates move the gates, what the loss feels of them to first order:
+
+    pull_up, pull_down, pull_router   the component of that part of the output's change along the loss's gradient
+
 Letters in shape comments: B batch, T time, N = B*T probed tokens, D width, E experts, K active experts per token, M expert
 hidden size, S = N*K.
 """
@@ -60,7 +64,8 @@ ROLES_OF = {  # the weights' outputs, in the order of the forward pass, and the 
 TENSORS = ("embedding", "q", "k", "v", "scores", "o", "router", "up", "down", "moe", "residual", "logits")
 OUTPUTS = {"router": -0.5, "logits": -0.5}  # output-type: init at most constant; muP's own exponent
 AXES = ("width", "granularity")  # sizes that a check can let grow
-JUDGED = ("init", "update", "from_up", "from_down")
+PARTS = ("from_up", "from_down", "pull_up", "pull_down", "pull_router")  # of the change of the MoE's output
+JUDGED = ("init", "update", *PARTS)
 OUTSIDE = -1  # the layer of what belongs to no block
 ALLOWED = (("router", "init_var"), ("unembedding", "init_var"))  # smaller than muP has them: no desideratum forbids it
 ROUTINGS = ("free", "forced", "frozen")
@@ -88,8 +93,8 @@ def coordinate_check(
     that RMS in the size (NaN for drift and change) and, for updates, the `alignment`: the RMS over what it would be if no
     two terms of any sum cancelled. Step 0 has init, later steps the rest. Layer -1 is outside the blocks. Tensors:
     embedding, q, k, v, o, router, up, down and logits, each the output of a weight; scores (of attention), moe (output)
-    and residual (stream) are no weight's own, and have init and change only (moe: from_up and from_down too). Experts are
-    measured on the tokens they get.
+    and residual (stream) are no weight's own, and have init and change only (moe: the PARTS too). Experts are measured on
+    the tokens they get.
 
     The size is the width or, with one width and several `granularities`, the granularity. For that one give a
     base_granularity, mostly 1: by default each granularity is its own base, whose std is that of its true fan_in.
@@ -167,7 +172,6 @@ def _measured_run(
     labels = {"parametrization": config.parametrization.name, **sizes, "seed": config.seed}
     order = data.order([config.seed], steps, options.batch_size, config.context)
     (probe,) = data.validation(1, math.ceil(PROBED / config.context), config.context)
-    probe = probe[:, :-1]  # (B, T)
     rows = []
 
     def add(step: int, measured: Iterator[dict]) -> None:
@@ -178,7 +182,7 @@ def _measured_run(
     with one_thread():
         model = MiniMoE(config).to(device)
         initial, engine = copy.deepcopy(model), SingleRun([model], [lr], options)
-        start = observed(initial, probe)
+        start = observed(initial, probe[:, :-1])
         add(0, _at_init(start))
         for step in range(1, steps + 1):
             batch = windows(data.train, order[step - 1], config.context)  # (1, B, T + 1)
@@ -187,7 +191,7 @@ def _measured_run(
             engine.step(batch, 1.0)
             if routing == "frozen":
                 _route_by(model, start.experts)
-            add(step, _since(start, observed(model, probe)))
+            add(step, _since(start, observed(model, probe[:, :-1]), loss_gradients(model, probe)))
     return rows
 
 
@@ -205,6 +209,7 @@ class Observed(NamedTuple):
     activations: dict[tuple, Tensor]  # scores, moe, residual
     experts: list[Tensor]  # (N, K) per layer
     gates: list[Tensor]  # (N, K) per layer
+    renormalize: bool
     activation: str
 
 
@@ -234,7 +239,7 @@ def observed(model: MiniMoE, tokens: Tensor) -> Observed:
         activations |= {(layer, "moe"): y, (layer, "residual"): passed[block][1][0]}
     weights[OUTSIDE, "logits"] = _effective(model, "unembedding")
     inputs[OUTSIDE, "logits"] = rms_norm(activations[layer, "residual"]).flatten(0, 1)
-    return Observed(weights, inputs, activations, experts, gates, config.activation)
+    return Observed(weights, inputs, activations, experts, gates, config.renormalize, config.activation)
 
 
 def _passed(model: MiniMoE, tokens: Tensor) -> dict[nn.Module, tuple]:
@@ -279,8 +284,8 @@ def _at_init(start: Observed) -> Iterator[dict]:
         yield _row(layer, tensor, "init", value)
 
 
-def _since(start: Observed, now: Observed) -> Iterator[dict]:
-    """Every tensor's update, drift and change."""
+def _since(start: Observed, now: Observed, gradients: list[Tensor]) -> Iterator[dict]:
+    """Every tensor's update, drift and change. gradients: of the loss at each layer's MoE output (N, D), today."""
     for layer, tensor in now.weights:
         weight0, moved = start.weights[layer, tensor], now.weights[layer, tensor] - start.weights[layer, tensor]
         x, experts = _input(now, layer, tensor, now.experts)
@@ -293,21 +298,45 @@ def _since(start: Observed, now: Observed) -> Iterator[dict]:
     for (layer, tensor), value in now.activations.items():
         yield _row(layer, tensor, "change", value - start.activations[layer, tensor])
         if tensor == "moe":
-            for quantity, part in _moe_updates(start, now, layer).items():
-                yield _row(layer, tensor, quantity, part)
+            for source, part in _moe_updates(start, now, layer).items():
+                if source != "router":
+                    yield _row(layer, tensor, f"from_{source}", part)
+                yield _row(layer, tensor, f"pull_{source}", _along(part, gradients[layer]))
 
 
 def _moe_updates(start: Observed, now: Observed, layer: int) -> dict[str, Tensor]:
-    """What the changes of the up and of the down projections each do to the MoE's output (N, D)."""
+    """What the changes of the up projections, the down projections and the router each do to the MoE's output (N, D)."""
     experts, gates = now.experts[layer].flatten(), now.gates[layer]  # (S,), (N, K)
     x = now.inputs[layer, "up"].repeat_interleave(gates.shape[1], dim=0)  # (S, D)
     hidden, hidden0 = (activated(now.activation, _output(x, model.weights[layer, "up"], experts)) for model in (now, start))
-    down0 = start.weights[layer, "down"]
+    down, down0 = now.weights[layer, "down"], start.weights[layer, "down"]
     parts = {
-        "from_up": _output(hidden - hidden0, down0, experts),  # (S, D)
-        "from_down": _output(hidden, now.weights[layer, "down"] - down0, experts),
+        "up": (gates, _output(hidden - hidden0, down0, experts)),
+        "down": (gates, _output(hidden, down - down0, experts)),
     }
-    return {name: (gates[..., None] * part.unflatten(0, gates.shape)).sum(1) for name, part in parts.items()}
+    if (layer, "router") in now.weights:
+        logits0 = now.inputs[layer, "router"] @ start.weights[layer, "router"]  # (N, E)
+        gates0 = torch.softmax(logits0, -1).gather(1, now.experts[layer])  # of today's experts: none is exchanged
+        gates0 = gates0 / gates0.sum(-1, keepdim=True) if now.renormalize else gates0
+        parts["router"] = (gates - gates0, _output(hidden, down, experts))
+    return {name: (gate[..., None] * rows.unflatten(0, gate.shape)).sum(1) for name, (gate, rows) in parts.items()}
+
+
+def loss_gradients(model: MiniMoE, batch: Tensor) -> list[Tensor]:
+    """The gradient of the cross-entropy on batch (B, T + 1) at each layer's MoE output: (N, D) per layer."""
+    outputs: list[Tensor] = []
+    hooks = [block.moe.register_forward_hook(lambda m, inputs, output: outputs.append(output[0])) for block in model.blocks]
+    try:
+        logits = model(batch[:, :-1]).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(torch.autograd.grad(F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()), outputs))
+
+
+def _along(part: Tensor, gradient: Tensor) -> Tensor:
+    """(N,) the components of a part of the MoE's output along the loss's gradient, over sqrt(D), as an RMS has it."""
+    return (part * F.normalize(gradient, dim=-1)).sum(-1) / math.sqrt(part.shape[-1])
 
 
 def _input(model: Observed, layer: int, tensor: str, experts: list[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -343,7 +372,9 @@ def predicted_exponents(config: Config, axis: str = "width") -> dict[tuple[str, 
     renormalised (the largest K of E logits are the same quantile of them), so that each gate goes like 1 / G. Experts are
     independent at init, and their sum goes like G^(-1/2) times one expert's output; their down projections move together,
     in the direction of the same gradient, and that sum like one expert's update. What the up projections change passes
-    through the initial down projections, and goes like the output at init.
+    through the initial down projections, and goes like the output at init. Of the router's pull only bounds are known, and
+    nothing is predicted: if the K gates, each of size 1 / G, all moved the right way, it would go like one expert's output at
+    init times the router's update; if they moved at random, like G^(-1/2) times that.
     """
     narrow, wide = (_shapes_and_numbers(c) for c in _two_sizes(config, axis))
     summed = -0.5 if axis == "granularity" else 0.0  # of independent experts
@@ -369,6 +400,9 @@ def predicted_exponents(config: Config, axis: str = "width") -> dict[tuple[str, 
         predicted["moe", "init"] = found["down"][0] + summed  # else gates flatten or sharpen with width, far from any limit
         predicted["moe", "from_up"] = found["down"][0] + summed + (found["up"][1] - found["up"][0])
         predicted["moe", "from_down"] = found["down"][1]
+        if axis == "granularity" and config.experts > 1:  # in the width, pulls also grow with what the experts have learned
+            predicted["moe", "pull_up"] = predicted["moe", "from_up"]
+            predicted["moe", "pull_down"] = predicted["moe", "from_down"]
     parts = (found["embedding"][0], found["o"][0], found["down"][0] + summed)
     predicted["residual", "init"] = max((e for e in parts if not math.isnan(e)), default=math.nan)  # a zero adds nothing
     return {key: round(exponent, 9) + 0.0 for key, exponent in predicted.items()}  # a root's rounding; and no -0

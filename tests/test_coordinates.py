@@ -1,5 +1,6 @@
 """The coordinate check: its quantities against their definitions, what must come out, and a wrong cell in every place."""
 
+import copy
 import math
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from minimoe import PARAMETRIZATIONS, Config, MiniMoE, coordinate_check, coordinate_curves, exponents, fan_in, suspects, width
+from minimoe.arms import ARMS
 from minimoe.coordinates import (
     ALLOWED,
     OUTPUTS,
@@ -15,14 +17,17 @@ from minimoe.coordinates import (
     TENSORS,
     TOLERANCE,
     _at_init,
+    _moe_updates,
     _since,
     diagnosis,
+    loss_gradients,
     mutants,
     mystery,
     observed,
     predicted_exponents,
 )
 from minimoe.sweeps import tensor_numbers
+from minimoe.training import TextData
 
 TINY = {"widths": (32, 64), "steps": 2, "seeds": (0,), "n_jobs": 1, "context": 16, "n_experts": 4}
 MUP = PARAMETRIZATIONS["mup"]
@@ -133,7 +138,7 @@ def test_quantities_are_what_they_are_called(corpus):
         for param in now.parameters():
             param.add_(0.02 * torch.randn_like(param))
     tokens = torch.from_numpy(np.ascontiguousarray(corpus.val[: 8 * 16])).long().view(8, 16)
-    seen = [observed(model, tokens) for model in (start, now)]
+    seen = [*(observed(model, tokens) for model in (start, now)), [torch.ones(8 * 16, 32)]]
     at_init = {(r["tensor"], r["quantity"]): r["rms"] for r in _at_init(seen[0])}
     since = {(r["tensor"], r["quantity"]): r["rms"] for r in _since(*seen)}
     alignment = {r["tensor"]: r["alignment"] for r in _since(*seen) if r["quantity"] == "update"}
@@ -161,6 +166,58 @@ def test_quantities_are_what_they_are_called(corpus):
             downs.append((h - h0) @ moe0.down[e])
     assert since["up", "update"] == pytest.approx(rms(torch.stack(ups)), rel=1e-5)
     assert since["down", "drift"] == pytest.approx(rms(torch.stack(downs)), rel=1e-4)
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_the_parts_of_the_moes_change_are_what_the_loss_feels(renormalize, corpus):
+    """Undo one weight's update in one layer: the loss changes by the gradient times that part, to first order."""
+    config = Config(width=32, granularity=2, n_experts=4, context=16, vocab_size=corpus.vocab_size, renormalize=renormalize)
+    data = TextData(corpus, torch.device("cpu"))
+    batch = data.validation(1, 8, 16)[0]
+    now = MiniMoE(config).double()
+    start = copy.deepcopy(now)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for block in now.blocks:
+            for weight in (block.moe.up, block.moe.down, block.moe.router):
+                weight += 1e-6 * torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+    gradients = loss_gradients(now, batch)
+    before, after = (observed(model, batch[:, :-1]) for model in (start, now))
+    for layer in (0, 1):
+        parts = _moe_updates(before, after, layer)
+        for name in ("up", "down", "router"):
+            undone = copy.deepcopy(now)
+            with torch.no_grad():
+                getattr(undone.blocks[layer].moe, name).copy_(getattr(start.blocks[layer].moe, name))
+                felt = cross_entropy(now, batch) - cross_entropy(undone, batch)
+            expected = (gradients[layer] * parts[name]).sum()
+            assert felt.item() == pytest.approx(expected.item(), rel=0.01), (layer, name)
+            assert abs(felt) > 1e-10
+
+
+def cross_entropy(model, batch):
+    return torch.nn.functional.cross_entropy(model(batch[:, :-1]).logits.flatten(0, 1), batch[:, 1:].flatten())
+
+
+def test_over_granularity_the_moe_does_as_predicted(pydocs):
+    """Init variance and LR by the width and a route scale of K: constant; by fan_in: the init shrinks, the update does not."""
+    names = ("authors", "route K", "down by fan_in")
+    tables = [ARMS[name].table for name in names]
+    sizes = {"widths": 64, "granularities": (1, 2, 4, 8), "base_width": 16, "base_granularity": 1}
+    frame = coordinate_check(tables, **sizes, steps=2, seeds=(0, 1), corpus=pydocs)
+    assert frame.groupby("parametrization").granularity.nunique().tolist() == [4] * 3
+    table = exponents(frame)
+    assert table[table.predicted.notna()].agrees.all()
+    judged = table[(table.tensor == "moe") & (table.layer == 0)].set_index(["parametrization", "quantity"]).verdict
+    for name, verdicts in zip(names, (["shrinks"] * 3, ["holds"] * 3, ["shrinks", "shrinks", "holds"]), strict=True):
+        assert [judged[ARMS[name].table.name, quantity] for quantity in ("init", "from_up", "from_down")] == verdicts
+
+
+def test_one_size_grows_at_a_time(corpus):
+    with pytest.raises(ValueError, match="both width and granularity have several values"):
+        coordinate_check("mup", corpus=corpus, **TINY | {"granularities": (1, 2)})
+    with pytest.raises(ValueError, match="axis='depth': must be one of width, granularity"):
+        predicted_exponents(Config(), "depth")
 
 
 def test_observing_changes_nothing_and_leaves_no_hooks(corpus):

@@ -221,7 +221,7 @@ def test_coordinate_explorer_shows_one_tensor(checked):
     for control, value in ((explorer.tensor, "logits"), (explorer.name, "mup"), (explorer.step, 1), (explorer.tensor, "moe")):
         assert picture_changed(explorer, control, value)
     assert set(explorer.slopes().tensor) == {"moe"}
-    assert set(explorer.slopes().quantity) == {"init", "change", "from_up", "from_down"}
+    assert set(explorer.slopes().quantity) == {"init", "change", "from_up", "from_down", "pull_up", "pull_down", "pull_router"}
     explorer.tensor.value = "embedding"
     assert "zero" in explorer.text.value  # its drift
 
