@@ -138,10 +138,10 @@ def test_quantities_are_what_they_are_called(corpus):
         for param in now.parameters():
             param.add_(0.02 * torch.randn_like(param))
     tokens = torch.from_numpy(np.ascontiguousarray(corpus.val[: 8 * 16])).long().view(8, 16)
-    seen = [*(observed(model, tokens) for model in (start, now)), [torch.ones(8 * 16, 32)]]
+    seen, gradients = [observed(model, tokens) for model in (start, now)], [torch.ones(8 * 16, 32)]
     at_init = {(r["tensor"], r["quantity"]): r["rms"] for r in _at_init(seen[0])}
-    since = {(r["tensor"], r["quantity"]): r["rms"] for r in _since(*seen)}
-    alignment = {r["tensor"]: r["alignment"] for r in _since(*seen) if r["quantity"] == "update"}
+    since = {(r["tensor"], r["quantity"]): r["rms"] for r in _since(*seen, gradients)}
+    alignment = {r["tensor"]: r["alignment"] for r in _since(*seen, gradients) if r["quantity"] == "update"}
 
     def rms(x):
         return x.square().mean().sqrt().item()
