@@ -8,11 +8,12 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOMES = {
+    "arms": ("ARMS", "EXPERT_ARMS", "labelled"),
     "coordinates": ("coordinate_check", "exponents", "mystery", "predicted_exponents", "suspects"),
     "corpus": ("Corpus", "load_corpus", "make_corpus"),
     "explanations": ("explain", "side_by_side"),
     "explorers": ("CoordinateExplorer", "LRExplorer", "LiveSweep", "TableExplorer"),
-    "figures": ("coordinate_curves", "exponents_chart", "lr_curves", "router_rules", "tensor_curves"),
+    "figures": ("coordinate_curves", "drift_chart", "exponents_chart", "lr_curves", "router_rules", "tensor_curves"),
     "model": ("Config", "MiniMoE", "Output", "check_tokens"),
     "parametrization": (
         "PARAMETRIZATIONS",
@@ -20,6 +21,7 @@ _HOMES = {
         "Parametrization",
         "Rule",
         "fan_in",
+        "granularity",
         "initialise",
         "param_groups",
         "parameter",
@@ -30,7 +32,7 @@ _HOMES = {
     "step": ("TrainOptions",),
     "sweeps": ("read_sweep", "sweep"),
     "training": ("Run", "train"),
-    "transfer": ("losses_at", "regrets", "transfer_report"),
+    "transfer": ("drift_report", "drift_words", "losses_at", "regrets", "transfer_report"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)

@@ -75,6 +75,8 @@ ARMS: dict[str, Arm] = {
     "router mup": arm(router="mup"),
     "fan_in + sqrt(K)": arm(down="fan_in", route="sqrt(K)"),
     "fan_in + K": arm(down="fan_in", route="K"),
+    "fan_in + router mup": arm(down="fan_in", router="mup"),
+    "route K + router mup": arm(route="K", router="mup"),
     "route K + router LR": arm(route="K", router=ROUTERS[-1]),
     "all mended, fan_in": arm("renormalised", "fan_in", "1", "1", "mup"),
     "all mended, route K": arm("renormalised", "width", "1", "K", "mup"),

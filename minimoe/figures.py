@@ -168,6 +168,36 @@ def _label_octaves(axes: Axes, lrs: list[float]) -> None:
     axes.minorticks_off()
 
 
+def drift_chart(report: pd.DataFrame, by: str, references: dict[str, float] | None = None) -> Figure:
+    """How far the best LR moves per doubling of `by`: a row per parametrization, thick bars one standard error, thin ones two.
+
+    report: from `drift_report`. A hollow point is one seed, without an error; a row without an optimum is said to have none.
+    references: name -> octaves per doubling, e.g. what papers say, each a vertical line. Raises ValueError for no rows.
+    """
+    if report.empty:
+        raise ValueError("the report has no rows")
+    figure = Figure(figsize=(8.6, 1.3 + 0.36 * len(report)), layout="constrained")
+    axes = figure.subplots()
+    for place, row in enumerate(report.itertuples()):
+        if math.isnan(row.per_doubling):
+            axes.annotate("no optimum on the grid", (0, place), fontsize=8, va="center", ha="center")
+            continue
+        alone = math.isnan(row.per_doubling_error)
+        for errors, width in ((1, 3.5), (2, 1.2)) if not alone else ():
+            reach = errors * row.per_doubling_error
+            axes.plot([row.per_doubling - reach, row.per_doubling + reach], [place, place], color=QUIET, linewidth=width)
+        axes.plot(row.per_doubling, place, "o", color=QUIET, markersize=7, markerfacecolor="white" if alone else QUIET)
+    for (name, octaves), style in zip((references or {}).items(), ("-", "--", "-.", ":"), strict=False):
+        axes.axvline(octaves, color=ALERT, linestyle=style, linewidth=1.2, label=f"{name}: {octaves:+g}")
+    axes.set_yticks(range(len(report)), report.parametrization)
+    axes.set_ylim(len(report) - 0.5, -0.5)
+    axes.set_xlabel(f"octaves of the best LR per doubling of {by.replace('_', ' ')}")
+    axes.grid(alpha=0.25, axis="x")
+    if references:
+        figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+    return figure
+
+
 def coordinate_curves(frame: pd.DataFrame, layer: int | None = None) -> Figure:
     """A coordinate check as small multiples: a panel per tensor, how its RMS grows with the size, relative to the smallest.
 
