@@ -1,6 +1,7 @@
 """Pictures: what is drawn is what the frame says. (LR curves are in test_transfer, coordinate curves in test_coordinates.)"""
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
 
@@ -8,6 +9,7 @@ from minimoe import (
     ROUTER_RULES,
     Config,
     coordinate_check,
+    drift_chart,
     exponents,
     exponents_chart,
     lr_curves,
@@ -42,6 +44,24 @@ def test_my_lr_is_a_line_in_every_panel_and_live_curves_are_dashed(swept):
     stars = sum(line.get_marker() == "*" for axes in lr_curves(swept).axes for line in axes.lines)
     assert stars == 4
     assert not any(line.get_marker() == "*" for axes in lr_curves(swept, minima=False).axes for line in axes.lines)
+
+
+def test_drift_chart_has_a_row_for_each_table_and_hollow_points_without_an_error():
+    report = pd.DataFrame(
+        {"parametrization": ["a", "b", "c"], "per_doubling": [-0.5, 0.1, np.nan], "per_doubling_error": [0.1, np.nan, np.nan]}
+    )
+    (axes,) = drift_chart(report, "n_experts", {"none": 0.0, "paper": -0.25}).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b", "c"]
+    points = {line.get_xdata()[0]: line.get_markerfacecolor() for line in axes.lines if line.get_marker() == "o"}
+    assert points == {-0.5: "#333333", 0.1: "white"}
+    bars = sorted(
+        tuple(line.get_xdata()) for line in axes.lines if len(set(line.get_ydata())) == 1 and len(line.get_xdata()) == 2
+    )
+    assert bars[0] == pytest.approx((-0.7, -0.3))  # two errors
+    assert [text.get_text() for text in axes.texts] == ["no optimum on the grid"]
+    assert axes.get_xlabel() == "octaves of the best LR per doubling of n experts"
+    with pytest.raises(ValueError, match="no rows"):
+        drift_chart(report.head(0), "width")
 
 
 def test_exponents_chart_draws_predictions_and_measurements_where_they_are(checked):

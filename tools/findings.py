@@ -1,0 +1,79 @@
+"""Write the tables of docs/findings.md again, from the shipped sweeps: python tools/findings.py
+
+Words are kept by hand; what stands between a table's two markers is replaced.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from minimoe import ARMS, EXPERT_ARMS, drift_report, drift_words, labelled, read_sweep
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "findings.md"
+SWEEPS = ROOT / "data" / "sweeps"
+
+
+def measured(octaves: float, error: float) -> str:
+    """An optimum as log2 of its LR."""
+    if math.isnan(octaves):
+        return "off the grid"
+    return f"{octaves:.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
+
+
+def drift_table(frame: pd.DataFrame, by: str) -> str:
+    """Optimum at each size, drift per doubling and in all, regret, best losses and seeds: a row per arm, as markdown."""
+    report = drift_report(frame, by)
+    sizes = sorted(int(column.removeprefix("best_octave_")) for column in report if column.startswith("best_octave_"))
+    letter = {"n_experts": "E", "granularity": "G"}.get(by, by)
+    header = ["arm", *(f"best log2 LR, {letter}={size}" for size in sizes), "drift, octaves", "per doubling", "regret, nats"]
+    rows = [[*header, *(f"best loss, {letter}={size}" for size in sizes), "seeds"]]
+    for _, row in report.iterrows():
+        present = [size for size in sizes if not math.isnan(row[f"best_loss_{size}"])]
+        cells = [measured(row[f"best_octave_{size}"], row[f"error_{size}"]) if size in present else "" for size in sizes]
+        regret = f"{row.regret:.3f}" + ("" if math.isnan(row.regret_error) else f" ± {row.regret_error:.3f}")
+        cells += [drift_words(row.drift, row.drift_error), drift_words(row.per_doubling, row.per_doubling_error), regret]
+        cells += [f"{row[f'best_loss_{size}']:.3f}" if size in present else "" for size in sizes]
+        rows.append([row.parametrization, *cells, str(row.seeds)])
+    rows.insert(1, ["---"] * len(rows[0]))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def three_seeds(frame: pd.DataFrame) -> pd.DataFrame:
+    """The arms that were trained with three seeds on half octaves, at the sizes where they were."""
+    seeds = frame.groupby(["parametrization", "granularity" if frame.granularity.nunique() > 1 else "n_experts"]).seed
+    return frame[seeds.transform("nunique") >= 3]
+
+
+def tables() -> dict[str, str]:
+    """name -> table, each as it stands in the page."""
+    fine = labelled(read_sweep(SWEEPS / "granularity.jsonl"), ARMS)
+    count = labelled(read_sweep(SWEEPS / "expert_count.jsonl"), EXPERT_ARMS)
+    small = fine[(fine.width == 64) & (fine.granularity <= 16)]
+    screen = small[(small.steps == 400) & (small.seed == 0) & small.granularity.isin([1, 4, 16])]
+    whole = screen.lr.map(lambda lr: math.log2(lr).is_integer())
+    return {
+        "granularity": drift_table(three_seeds(small[small.steps == 400]), "granularity"),
+        "granularity, every arm": drift_table(screen[whole], "granularity"),
+        "granularity, half as long": drift_table(three_seeds(small[small.steps == 200]), "granularity"),
+        "expert count": drift_table(three_seeds(count[count.width == 64]), "n_experts"),
+    }
+
+
+def page(text: str, made: dict[str, str]) -> str:
+    """The page with its tables made anew. Raises ValueError for a table that it has no place for."""
+    for name, table in made.items():
+        place = re.compile(rf"(<!-- table: {re.escape(name)} -->\n).*?(<!-- end -->)", flags=re.DOTALL)
+        if not place.search(text):
+            raise ValueError(f"{PAGE.name} has no place for the table {name!r}")
+        text = place.sub(lambda found, table=table: f"{found[1]}{table}\n{found[2]}", text)
+    return text
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text(), tables()))
+    print(f"wrote {PAGE.relative_to(ROOT)}")
