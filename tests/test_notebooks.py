@@ -82,7 +82,7 @@ def test_header_box_short_cells_and_words_under_every_figure(path):
 def test_claims_are_asserted_and_what_is_ignored_trains_plots_or_prints_versions(path):
     code = code_cells(path)
     assert sum("assert " in cell.source for cell in code) >= 3
-    may_differ = r"train\(|sweep\(|coordinate_check\(|_curves\(|router_rules\(|plt\.show|__version__|explorer$|^live$|Explorer\("
+    may_differ = r"train\(|sweep\(|coordinate_check\(|_curves\(|drift_chart\(|router_rules\(|plt\.show|__version__|explorer$|^live$|Explorer\("
     for cell in code:
         if "nbval-ignore-output" in cell.metadata.get("tags", []):
             assert re.search(may_differ, cell.source, flags=re.MULTILINE), cell.source
@@ -101,26 +101,30 @@ def test_a_lesson_predicts_practises_and_leads_on(path):
         assert (path.parent / target).exists(), target
 
 
-# What each lesson teaches, made wrong in the source: (the line, what it becomes)
+# What each lesson teaches, made wrong in the source: (the file, the line, what it becomes)
 MUP_ROUTER = "router=Rule(init_var=1, multiplier=1 / fan_in, lr=1),"
 SP_ROUTER = "router=Rule(init_var=1 / fan_in, multiplier=1, lr=1),"  # and SimpleP's
 SP_HIDDEN = "hidden=Rule(init_var=1 / fan_in, multiplier=1, lr=1),"
+AUTHORS_DOWN = 'cells = {"init_var": 1 / DOWN[down], "lr": 1 / DOWN[down], "multiplier": ROUTES[route]}'
+TABLES, ARMS = "parametrization.py", "arms.py"
 SABOTAGE = {
-    "00": (MUP_ROUTER, MUP_ROUTER.replace("1 / fan_in", "1")),
-    "01": (MUP_ROUTER, MUP_ROUTER.replace("lr=1", "lr=1 / fan_in")),
-    "02": (MUP_ROUTER, MUP_ROUTER.replace("multiplier=1 / fan_in", "multiplier=1")),
-    "03": (SP_ROUTER, SP_ROUTER.replace("lr=1", "lr=1 / fan_in")),
-    "04": (SP_HIDDEN, SP_HIDDEN.replace("lr=1", "lr=1 / fan_in")),
-    "05": (MUP_ROUTER, MUP_ROUTER.replace("lr=1", "lr=1 / fan_in")),
+    "00": (TABLES, MUP_ROUTER, MUP_ROUTER.replace("1 / fan_in", "1")),
+    "01": (TABLES, MUP_ROUTER, MUP_ROUTER.replace("lr=1", "lr=1 / fan_in")),
+    "02": (TABLES, MUP_ROUTER, MUP_ROUTER.replace("multiplier=1 / fan_in", "multiplier=1")),
+    "03": (TABLES, SP_ROUTER, SP_ROUTER.replace("lr=1", "lr=1 / fan_in")),
+    "04": (TABLES, SP_HIDDEN, SP_HIDDEN.replace("lr=1", "lr=1 / fan_in")),
+    "05": (TABLES, MUP_ROUTER, MUP_ROUTER.replace("lr=1", "lr=1 / fan_in")),
+    "06": (TABLES, MUP_ROUTER, MUP_ROUTER.replace("multiplier=1 / fan_in", "multiplier=1")),
+    "07": (ARMS, AUTHORS_DOWN, AUTHORS_DOWN.replace('"lr": 1 / DOWN[down]', '"lr": 1')),
 }
 
 
 @named(NOTEBOOKS)
 def test_a_sabotaged_table_fails_its_notebook(path, tmp_path, monkeypatch):
     """The package is copied with one cell of a table made wrong, and the notebook run on the copy."""
-    right, wrong = SABOTAGE[path.name[:2]]
+    file, right, wrong = SABOTAGE[path.name[:2]]
     shutil.copytree(ROOT / "minimoe", tmp_path / "minimoe", ignore=shutil.ignore_patterns("__pycache__"))
-    source = tmp_path / "minimoe" / "parametrization.py"
+    source = tmp_path / "minimoe" / file
     text = source.read_text()
     assert right in text
     source.write_text(text.replace(right, wrong))
