@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from .coordinates import OUTSIDE, ROUTINGS, coordinate_check, diagnosis, exponents
+from .coordinates import OUTSIDE, PARTS, ROUTINGS, coordinate_check, diagnosis, exponents, size_axis
 from .corpus import load_corpus
 from .explanations import explain, marked, side_by_side
 from .figures import coordinate_curves, lr_curves
@@ -134,6 +134,8 @@ def _parser() -> argparse.ArgumentParser:
         help=f"of {', '.join(PARAMETRIZATIONS)}",
     )
     coords.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512])
+    several = "let the granularity grow instead, at one width (give a --base-granularity, mostly 1)"
+    coords.add_argument("--granularities", type=int, nargs="+", default=[1], metavar="G", help=several)
     coords.add_argument("--steps", type=int, default=5, help="optimiser steps (default 5)")
     coords.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     coords.add_argument("--lr", type=_number, default=2.0**-13, help="constant learning rate (default 2^-13)")
@@ -321,15 +323,20 @@ def _coords(options: argparse.Namespace) -> None:
         options.seeds,
         options.lr,
         options.corpus,
+        granularities=options.granularities,
         routing=options.routing,
         n_jobs=options.jobs,
         device=options.device,
         **_config_fields(options),
     )
-    table = exponents(frame)
-    said = diagnosis(table, options.activation or Config.activation)
+    table, axis = exponents(frame), size_axis(frame)
+    said = diagnosis(table, options.activation or Config.activation) if axis == "width" else {}
     for name, rows in table.groupby("parametrization", sort=False):
-        print(f"{name}: exponents in the width, measured (predicted)\n{_exponents_table(rows)}\n\n{name}: {said[name]}\n")
+        print(f"{name}: exponents in the {axis}, measured (predicted)\n{_exponents_table(rows)}\n")
+        if axis == "granularity":
+            print(f"{name}: parts of the MoE's change\n{_parts_table(rows)}\n")
+        if name in said:
+            print(f"{name}: {said[name]}\n")
     if options.csv:
         table.to_csv(options.csv, index=False)
     coordinate_curves(frame).savefig(options.figure, dpi=120)
@@ -361,6 +368,15 @@ def _exponents_table(table: pd.DataFrame) -> str:
         row["agrees"] = "yes" if group.agrees.dropna().all() else "no"
         rows.append(row)
     return pd.DataFrame(rows).to_string(index=False, na_rep="", float_format="{:.2f}".format)
+
+
+def _parts_table(table: pd.DataFrame) -> str:
+    """One row per layer, a column per part of the MoE's change, for a terminal."""
+    parts = table[(table.tensor == "moe") & table.quantity.isin(PARTS)]
+    words = [f"{part.measured:+.2f}" + ("" if math.isnan(part.predicted) else f" ({part.predicted + 0.0:+.1f})")
+             for part in parts.itertuples()]  # fmt: skip
+    wide = parts.assign(words=words).pivot(index="layer", columns="quantity", values="words")
+    return wide.reindex(columns=[part for part in PARTS if part in wide]).to_string(na_rep="")
 
 
 def _explain(options: argparse.Namespace) -> None:

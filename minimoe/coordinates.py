@@ -123,6 +123,8 @@ def coordinate_check(
     corpus, device = load_corpus(corpus), available_device(device)
     options = TrainOptions(batch_size=batch_size, eps=eps)
     if "granularity" in config_fields:
+        if _sequence(granularities) != [1]:
+            raise ValueError("give granularity or granularities, not both")
         granularities = (config_fields.pop("granularity"),)
     cells = [
         cell

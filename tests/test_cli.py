@@ -1,5 +1,6 @@
 """The command line, end to end at a tiny size, and its one-line errors."""
 
+import re
 import subprocess
 import sys
 
@@ -76,6 +77,17 @@ def test_coords_prints_exponents_and_names_the_wrong_cell(tmp_path, text, capsys
     assert "simplep: router.lr is too large by width^+" in out
     assert figure.stat().st_size > 10_000
     assert set(pd.read_csv(csv).parametrization) == {"mup", "simplep"}
+
+
+def test_coords_over_granularities_shows_the_parts_of_the_moes_change(tmp_path, text, capsys):
+    small = ["--widths", "32", "--granularities", "1", "2", "4", "--base-granularity", "1", "--seeds", "0", "--steps", "1"]
+    outputs = ["--figure", str(tmp_path / "coords.png"), "--corpus", str(text), "--context", "16", "--jobs", "1"]
+    assert main(["coords", *small, *outputs]) == 0
+    said = capsys.readouterr().out
+    assert "mup: exponents in the granularity" in said
+    assert re.search(r"from_down +pull_up +pull_down +pull_router\n", said)
+    assert re.search(r"0 +[-+.\d]+ \(-0\.5\) +[-+.\d]+ \(\+0\.0\)", said)  # from_up and from_down, measured and predicted
+    assert (tmp_path / "coords.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["sweep"], ["report"], ["coords"], ["explain"], ["sample"]])

@@ -216,6 +216,8 @@ def test_over_granularity_the_moe_does_as_predicted(pydocs):
 def test_one_size_grows_at_a_time(corpus):
     with pytest.raises(ValueError, match="both width and granularity have several values"):
         coordinate_check("mup", corpus=corpus, **TINY | {"granularities": (1, 2)})
+    with pytest.raises(ValueError, match="granularity or granularities, not both"):
+        coordinate_check("mup", corpus=corpus, **TINY | {"widths": 32, "granularities": (1, 2), "granularity": 2})
     with pytest.raises(ValueError, match="axis='depth': must be one of width, granularity"):
         predicted_exponents(Config(), "depth")
 
