@@ -138,7 +138,7 @@ def seed_optima(frame: pd.DataFrame, by: str = "width", loss: str = "val_loss") 
     best_octave: log2 of the LR where a parabola in log2 LR is least, fitted (least squares) to the seed's losses within an
     octave of the best grid LR of the mean curve. On a half-octave grid that is five points, which is steadier than three.
     inside: False, and best_octave NaN, where that LR lies on the grid's edge, a loss there is infinite, or the parabola has
-    no minimum within the octave. Raises ValueError as `mean_losses` does.
+    no minimum within the octave and the seed's own LRs. Raises ValueError as `mean_losses` does.
     """
     centres = {}
     for curve, points in mean_losses(frame, by, loss).groupby(["parametrization", by], sort=False):
@@ -151,7 +151,8 @@ def seed_optima(frame: pd.DataFrame, by: str = "width", loss: str = "val_loss") 
         octaves = np.log2(own.lr.to_numpy()) - math.log2(centre["grid_lr"] if not centre["on_edge"] else math.nan)
         near = np.abs(octaves) <= 1 + 1e-9
         vertex = _fitted_vertex(octaves[near], own[loss].to_numpy()[near])
-        best = vertex + math.log2(centre["grid_lr"]) if abs(vertex) <= 1 else math.nan
+        found = abs(vertex) <= 1 and octaves.min() <= vertex <= octaves.max()
+        best = vertex + math.log2(centre["grid_lr"]) if found else math.nan
         rows.append({"parametrization": name, by: value, "seed": seed, "best_octave": best, "inside": not math.isnan(best)})
     return pd.DataFrame(rows)
 
