@@ -19,7 +19,9 @@ OCTAVES = [2.0**octave for octave in range(-9, -3)]
 STEPS, SEEDS = 200, (0, 1, 2)
 OPTIONS = TrainOptions(evals=10)
 WHOLE = [2.0**octave for octave in range(-7, -2)]
-HALVES = [2.0 ** (half / 2) for half in range(-13, -5)]
+HALVES = [2.0 ** (half / 2) for half in range(-12, -5)]
+ARMS_OF_THREE_SEEDS = ("authors", "route K", "down by fan_in", "router mup", "route K + router LR", "all mended, route K")
+EXPERT_ARMS_OF_THREE_SEEDS = ("mup, raw, k=2", "mup, renormalised, k=2", "mup, raw, k=E/4", "simplep, raw, k=2")
 EXPERTS = (2, 4, 8, 16, 32)
 SMALL = {"base_width": 16}  # width 64 is four times that, at half the price of 128
 
@@ -52,7 +54,7 @@ def router_rules() -> None:
     centred_sweep(SWEEPS / "router_rules.jsonl", (32, 64, 128), tuple(ROUTER_RULES[name] for name in names))
 
 
-def granularity_runs(names, granularities: tuple, lrs: list, seeds: tuple, steps: int) -> None:
+def granularity_runs(names, granularities: tuple, lrs: list, seeds: tuple, steps: int = 400) -> None:
     """The named arms of `minimoe.arms.ARMS`, four times as wide as the base."""
     arms = [ARMS[name] for name in names]
     for granularity in granularities:
@@ -64,8 +66,12 @@ def granularity_runs(names, granularities: tuple, lrs: list, seeds: tuple, steps
 
 
 def granularity() -> None:
-    """Every arm at G = 1, 4 and 16."""
-    granularity_runs(ARMS, (16, 4, 1), WHOLE, (0,), 400)
+    """Every arm in a screen; then those that moved, the authors' and the mended ones with three seeds; then other lengths."""
+    granularity_runs(ARMS, (1, 4, 16), WHOLE, (0,))
+    granularity_runs(ARMS_OF_THREE_SEEDS, (1, 4, 16), HALVES, SEEDS)
+    granularity_runs(("authors", "router mup"), (2, 8), HALVES, SEEDS)
+    granularity_runs(("authors", "router mup"), (1, 16), HALVES, SEEDS, 200)
+    granularity_runs(("authors",), (1, 16), WHOLE, (0,), 800)
 
 
 def expert_count_runs(names, lrs: list, seeds: tuple, steps: int = STEPS, widths: tuple = (64,), experts=EXPERTS) -> None:
@@ -81,8 +87,10 @@ def expert_count_runs(names, lrs: list, seeds: tuple, steps: int = STEPS, widths
 
 
 def expert_count() -> None:
-    """Two to 32 experts under every arm, and the dense model of equal active size."""
+    """Two to 32 experts under every arm, in a screen and with three seeds; width and experts together; the dense model."""
     expert_count_runs(EXPERT_ARMS, WHOLE, (0,))
+    expert_count_runs(EXPERT_ARMS_OF_THREE_SEEDS, HALVES, SEEDS)
+    expert_count_runs(("mup, raw, k=2",), HALVES, (0,), widths=(32, 128), experts=(2, 8, 32))
     dense = {**SMALL, "n_experts": 1, "top_k": 1, "expert_ratio": 4}
     sweep((64,), ("simplep", "mup"), HALVES, SEEDS, STEPS, options=OPTIONS, store=SWEEPS / "expert_count.jsonl", **dense)
 
