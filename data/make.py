@@ -21,7 +21,13 @@ OPTIONS = TrainOptions(evals=10)
 WHOLE = [2.0**octave for octave in range(-7, -2)]
 HALVES = [2.0 ** (half / 2) for half in range(-12, -5)]
 ARMS_OF_THREE_SEEDS = ("authors", "route K", "down by fan_in", "router mup", "route K + router LR", "all mended, route K")
-EXPERT_ARMS_OF_THREE_SEEDS = ("mup, raw, k=2", "mup, renormalised, k=2", "mup, raw, k=E/4", "simplep, raw, k=2")
+EXPERT_ARMS_OF_THREE_SEEDS = (
+    "mup, raw, k=2",
+    "mup, renormalised, k=2",
+    "mup, raw, k=E/4",
+    "simplep, raw, k=2",
+    "mup, raw, k=2, forced balance",
+)
 EXPERTS = (2, 4, 8, 16, 32)
 SMALL = {"base_width": 16}  # width 64 is four times that, at half the price of 128
 

@@ -10,7 +10,8 @@ Granularity (`ARMS`). The published code differs from a muP purist's in five pla
 
 With base_granularity=1 and top_k=2 all arms with one kind of gates and router are one run at granularity 1.
 
-Number of experts (`EXPERT_ARMS`): muP and SimpleP, gates raw and renormalised, two active experts or a quarter of all.
+Number of experts (`EXPERT_ARMS`): muP and SimpleP, gates raw and renormalised, two active experts or a quarter of all;
+and muP with tokens that go round the experts in turn, whatever the router says.
 """
 
 from __future__ import annotations
@@ -83,12 +84,16 @@ ARMS: dict[str, Arm] = {
 }
 
 
+def _expert_arm(name: str, gates: str, share: float | None, forced: bool = False) -> Arm:
+    return Arm(PARAMETRIZATIONS[name], {"renormalize": gates == "renormalised", "forced_balance": forced}, share)
+
+
 EXPERT_ARMS: dict[str, Arm] = {
-    f"{name}, {gates}, k={active}": Arm(PARAMETRIZATIONS[name], {"renormalize": gates == "renormalised"}, share)
+    f"{name}, {gates}, k={active}": _expert_arm(name, gates, share)
     for name in ("mup", "simplep")
     for gates in ("raw", "renormalised")
     for active, share in (("2", None), ("E/4", 0.25))
-}
+} | {"mup, raw, k=2, forced balance": _expert_arm("mup", "raw", None, forced=True)}
 
 
 def labelled(frame: pd.DataFrame, arms: dict[str, Arm] = ARMS) -> pd.DataFrame:

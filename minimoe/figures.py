@@ -187,6 +187,7 @@ def drift_chart(report: pd.DataFrame, by: str, references: dict[str, float] | No
             reach = errors * row.per_doubling_error
             axes.plot([row.per_doubling - reach, row.per_doubling + reach], [place, place], color=QUIET, linewidth=width)
         axes.plot(row.per_doubling, place, "o", color=QUIET, markersize=7, markerfacecolor="white" if alone else QUIET)
+    axes.axvline(0, color=QUIET, linewidth=0.8)
     for (name, octaves), style in zip((references or {}).items(), ("-", "--", "-.", ":"), strict=False):
         axes.axvline(octaves, color=ALERT, linestyle=style, linewidth=1.2, label=f"{name}: {octaves:+g}")
     axes.set_yticks(range(len(report)), report.parametrization)

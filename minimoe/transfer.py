@@ -172,7 +172,7 @@ def drift_report(frame: pd.DataFrame, by: str = "width", loss: str = "val_loss")
     drift_error (octaves, largest less smallest value, seed by seed), per_doubling and per_doubling_error (slope over
     log2 of `by`, by least squares over all values, seed by seed), regret and regret_error (nats: the largest model at the
     smallest's best grid LR less its own best; see `transfer_report`), best_loss_<value>, seeds (the fewest behind any
-    optimum). An error is NaN with one seed. Raises ValueError as `mean_losses` does.
+    optimum). An error is NaN with one seed, a drift with one size. Raises ValueError as `mean_losses` does.
     """
     optima, means = seed_optima(frame, by, loss), transfer_report(frame, by, loss).set_index("parametrization")
     rows = []
@@ -181,9 +181,9 @@ def drift_report(frame: pd.DataFrame, by: str = "width", loss: str = "val_loss")
         sizes, row = sorted(octaves), {"parametrization": name}
         for size in sizes:
             row[f"best_octave_{size}"], row[f"error_{size}"] = _mean_and_error(octaves[size])
-        whole = octaves.dropna()
+        whole = octaves.dropna() if len(sizes) > 1 else octaves.head(0)
         row["drift"], row["drift_error"] = _mean_and_error(whole[sizes[-1]] - whole[sizes[0]])
-        slopes = pd.Series([np.polyfit(np.log2(sizes), line, 1)[0] for line in whole.to_numpy()] if len(sizes) > 1 else [])
+        slopes = pd.Series([np.polyfit(np.log2(sizes), line, 1)[0] for line in whole.to_numpy()], dtype=float)
         row["per_doubling"], row["per_doubling_error"] = _mean_and_error(slopes)
         large = frame[(frame.parametrization == name) & (frame[by] == sizes[-1])].drop_duplicates(["seed", "lr"])
         losses = large.pivot(index="seed", columns="lr", values=loss)

@@ -89,7 +89,7 @@ def test_rows_find_their_arms(corpus):
 def test_expert_arms_hold_k_or_its_share():
     assert [EXPERT_ARMS["mup, raw, k=2"].active(n) for n in (2, 8, 32)] == [2, 2, 2]
     assert [EXPERT_ARMS["mup, raw, k=E/4"].active(n) for n in (4, 8, 32)] == [1, 2, 8]
-    assert len(EXPERT_ARMS) == 8
+    assert len(EXPERT_ARMS) == 9
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,10 @@ def test_one_seed_has_a_drift_without_an_error():
     assert row.drift == pytest.approx(-1.0)
     assert math.isnan(row.drift_error)
     assert drift_words(row.drift, row.drift_error) == "-1.00 (one seed)"
+    alone = drift_report(seeded({32: (-6.0, -6.2)})).iloc[0]
+    assert alone.best_octave_32 == pytest.approx(-6.1)
+    assert math.isnan(alone.drift)
+    assert math.isnan(alone.per_doubling)
 
 
 def test_a_drift_within_two_errors_was_not_seen():
