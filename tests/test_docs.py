@@ -1,8 +1,10 @@
 """README and notebooks: links that point where they say, outputs that are there."""
 
+import importlib.util
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -46,6 +48,17 @@ def test_the_readmes_python_runs():
         exec("\n".join(kept), namespace)
     assert namespace["mended"].name == "simplep[router.lr=1/fan_in]"
     assert [group["lr"] for group in namespace["optimizer"].param_groups] == [1e-2]
+
+
+def test_the_tables_of_the_findings_are_the_sweeps():
+    spec = importlib.util.spec_from_file_location("tools_findings", ROOT / "tools" / "findings.py")
+    findings = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(findings)
+    text = findings.PAGE.read_text()
+    assert findings.page(text, findings.tables()) == text, "run python tools/findings.py"
+    assert text.count("<!-- table: ") == len(findings.tables())
+    with pytest.raises(ValueError, match="no place for the table 'other'"):
+        findings.page(text, {"other": ""})
 
 
 def test_torch_is_the_locked_version():

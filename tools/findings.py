@@ -36,7 +36,8 @@ def drift_table(frame: pd.DataFrame, by: str) -> str:
         present = [size for size in sizes if not math.isnan(row[f"best_loss_{size}"])]
         cells = [measured(row[f"best_octave_{size}"], row[f"error_{size}"]) if size in present else "" for size in sizes]
         regret = f"{row.regret:.3f}" + ("" if math.isnan(row.regret_error) else f" ± {row.regret_error:.3f}")
-        cells += [drift_words(row.drift, row.drift_error), drift_words(row.per_doubling, row.per_doubling_error), regret]
+        drifts = (drift_words(row.drift, row.drift_error), drift_words(row.per_doubling, row.per_doubling_error))
+        cells += [*(words.replace("|", "\\|") for words in drifts), regret]
         cells += [f"{row[f'best_loss_{size}']:.3f}" if size in present else "" for size in sizes]
         rows.append([row.parametrization, *cells, str(row.seeds)])
     rows.insert(1, ["---"] * len(rows[0]))
@@ -44,9 +45,10 @@ def drift_table(frame: pd.DataFrame, by: str) -> str:
 
 
 def three_seeds(frame: pd.DataFrame) -> pd.DataFrame:
-    """The arms that were trained with three seeds on half octaves, at the sizes where they were."""
-    seeds = frame.groupby(["parametrization", "granularity" if frame.granularity.nunique() > 1 else "n_experts"]).seed
-    return frame[seeds.transform("nunique") >= 3]
+    """The arms that were trained with three seeds on half octaves, at more than the size that all arms share."""
+    size = "granularity" if frame.granularity.nunique() > 1 else "n_experts"
+    frame = frame[frame.groupby(["parametrization", size]).seed.transform("nunique") >= 3]
+    return frame[frame.groupby("parametrization")[size].transform("nunique") > 1]
 
 
 def tables() -> dict[str, str]:
