@@ -75,7 +75,7 @@ def granularity() -> None:
     """Every arm in a screen; then those that moved, the authors' and the mended ones with three seeds; then other lengths."""
     granularity_runs(ARMS, (1, 4, 16), WHOLE, (0,))
     granularity_runs(ARMS_OF_THREE_SEEDS, (1, 4, 16), HALVES, SEEDS)
-    granularity_runs(("authors", "router mup"), (2, 8), HALVES, SEEDS)
+    granularity_runs(("authors",), (2, 8), HALVES, SEEDS)
     granularity_runs(("authors", "router mup"), (1, 16), HALVES, SEEDS, 200)
     granularity_runs(("authors",), (1, 16), WHOLE, (0,), 800)
 
