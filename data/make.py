@@ -29,7 +29,7 @@ EXPERT_ARMS_OF_THREE_SEEDS = (
     "mup, raw, k=2, forced balance",
 )
 EXPERTS = (2, 4, 8, 16, 32)
-SMALL = {"base_width": 16}  # width 64 is four times that, at half the price of 128
+SMALL = {"base_width": 16}  # width 64 is four times that, at a third of the price of 128
 
 
 def centred_sweep(store: Path, widths: tuple[int, ...], tables: tuple) -> None:

@@ -6,7 +6,7 @@ Granularity (`ARMS`). The published code differs from a muP purist's in five pla
     down      the down projections' init variance and LR: 1 / width, as their name has it, or 1 / their true fan_in
     balance   the balance loss K times 0.01, which grows with the granularity, or what that is at granularity 1
     route     the scale of the routed sum: 1, sqrt(K) or K, relative to that at granularity 1 (a multiplier of `down`)
-    router    the router's row of the table: SimpleP's or muP's
+    router    the router's row of the table: SimpleP's, muP's, or SimpleP's with its LR over sqrt(G)
 
 With base_granularity=1 and top_k=2 all arms with one kind of gates and router are one run at granularity 1.
 
