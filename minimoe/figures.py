@@ -244,6 +244,7 @@ def _growth(frame: pd.DataFrame) -> pd.Series:
 
 def _draw_tensor(axes: Axes, rows: pd.DataFrame, means: pd.Series) -> None:
     """One tensor's panel, at the layer where it looks worst."""
+    rows = rows[rows.quantity.isin(("init", "update", "change"))]
     broken = rows.verdict.isin(("explodes", "shrinks"))
     off = (rows.measured - rows.predicted).abs().fillna(0) + 100 * broken
     rows = rows[rows.layer == rows.loc[off.idxmax(), "layer"]].set_index("quantity")
