@@ -20,7 +20,16 @@ STEPS, SEEDS = 200, (0, 1, 2)
 OPTIONS = TrainOptions(evals=10)
 WHOLE = [2.0**octave for octave in range(-7, -2)]
 HALVES = [2.0 ** (half / 2) for half in range(-12, -5)]
-ARMS_OF_THREE_SEEDS = ("authors", "route K", "down by fan_in", "router mup", "route K + router LR", "all mended, route K")
+ARMS_OF_THREE_SEEDS = (
+    "authors",
+    "route K",
+    "down by fan_in",
+    "fan_in + K",
+    "router mup",
+    "route K + router LR",
+    "all mended, fan_in",
+    "all mended, route K",
+)
 EXPERT_ARMS_OF_THREE_SEEDS = (
     "mup, raw, k=2",
     "mup, renormalised, k=2",
