@@ -308,9 +308,10 @@ def _since(start: Observed, now: Observed, gradients: list[Tensor]) -> Iterator[
 
 def _moe_updates(start: Observed, now: Observed, layer: int) -> dict[str, Tensor]:
     """What the changes of the up projections, the down projections and the router each do to the MoE's output (N, D)."""
-    experts, gates = now.experts[layer].flatten(), now.gates[layer]  # (S,), (N, K)
-    x = now.inputs[layer, "up"].repeat_interleave(gates.shape[1], dim=0)  # (S, D)
-    hidden, hidden0 = (activated(now.activation, _output(x, model.weights[layer, "up"], experts)) for model in (now, start))
+    gates = now.gates[layer]  # (N, K)
+    x, experts = _input(now, layer, "up", now.experts)  # (S, D), (S,)
+    hidden, _ = _input(now, layer, "down", now.experts)  # (S, M)
+    hidden0 = activated(now.activation, _output(x, start.weights[layer, "up"], experts))
     down, down0 = now.weights[layer, "down"], start.weights[layer, "down"]
     parts = {
         "up": (gates, _output(hidden - hidden0, down0, experts)),
