@@ -20,6 +20,8 @@ ROOT = Path(__file__).parent.parent
 CHROMIUM = os.environ.get("MINIMOE_CHROMIUM") or shutil.which("chromium")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 NOTEBOOK = "04_lr_transfer.ipynb"
+# The indicator on the page says "idle" before there is a kernel, and who runs cells then is asked to select one.
+KERNEL_CONNECTED = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.connectionStatus === 'connected'"
 
 pytestmark = pytest.mark.skipif(
     not CHROMIUM and not os.environ.get("MINIMOE_REQUIRE_BROWSER"), reason="no Chromium: install Debian's package chromium"
@@ -41,6 +43,7 @@ def lab(tmp_path_factory):
         "--ip=127.0.0.1",
         f"--port={port}",
         "--IdentityProvider.token=test",
+        "--LabApp.expose_app_in_browser=True",
         f"--ServerApp.root_dir={folder}",
     ]
     if os.geteuid() == 0:
@@ -79,9 +82,7 @@ def page(lab):
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
         page.set_default_timeout(120_000)
         page.goto(lab)
-        select = page.get_by_role("dialog").get_by_role("button", name="Select", exact=True)
-        page.add_locator_handler(select, lambda button: button.click())  # asked of who runs cells before the kernel is there
-        page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").wait_for()
+        page.wait_for_function(KERNEL_CONNECTED)
         yield page
         browser.close()
 
