@@ -20,6 +20,7 @@ STEPS, SEEDS = 200, (0, 1, 2)
 OPTIONS = TrainOptions(evals=10)
 WHOLE = [2.0**octave for octave in range(-7, -2)]
 HALVES = [2.0 ** (half / 2) for half in range(-12, -5)]
+EXPERT_HALVES = [*HALVES, 2.0**-2.5]  # a single seed's optimum is at 2^-3.5 here and there
 ARMS_OF_THREE_SEEDS = (
     "authors",
     "route K",
@@ -35,6 +36,8 @@ EXPERT_ARMS_OF_THREE_SEEDS = (
     "mup, renormalised, k=2",
     "mup, raw, k=E/4",
     "simplep, raw, k=2",
+    "simplep, raw, k=E/4",
+    "simplep, renormalised, k=2",
     "mup, raw, k=2, forced balance",
 )
 EXPERTS = (2, 4, 8, 16, 32)
@@ -69,24 +72,24 @@ def router_rules() -> None:
     centred_sweep(SWEEPS / "router_rules.jsonl", (32, 64, 128), tuple(ROUTER_RULES[name] for name in names))
 
 
-def granularity_runs(names, granularities: tuple, lrs: list, seeds: tuple, steps: int = 400) -> None:
-    """The named arms of `minimoe.arms.ARMS`, four times as wide as the base."""
+def granularity_runs(names, granularities: tuple, lrs: list, seeds: tuple, steps: int = 400, width: int = 64) -> None:
+    """The named arms of `minimoe.arms.ARMS`, four times as wide as the base or more."""
     arms = [ARMS[name] for name in names]
     for granularity in granularities:
         for fields in {str(arm.fields): arm.fields for arm in arms}.values():  # tables that share them, in one go
             tables = tuple(arm.table for arm in arms if arm.fields == fields)
             sizes = {**SMALL, "granularity": granularity, "base_granularity": 1}
             store = SWEEPS / "granularity.jsonl"
-            sweep((64,), tables, lrs, seeds, steps, options=OPTIONS, store=store, **sizes, **fields)
+            sweep((width,), tables, lrs, seeds, steps, options=OPTIONS, store=store, **sizes, **fields)
 
 
 def granularity() -> None:
-    """Every arm in a screen; then those that moved, the authors' and the mended ones with three seeds; then other lengths."""
+    """Every arm in a screen; those that moved, the authors' and the mended ones with three seeds; half as long; longer; wider."""
     granularity_runs(ARMS, (1, 4, 16), WHOLE, (0,))
-    granularity_runs(ARMS_OF_THREE_SEEDS, (1, 4, 16), HALVES, SEEDS)
-    granularity_runs(("authors",), (2, 8), HALVES, SEEDS)
-    granularity_runs(("authors", "router mup"), (1, 16), HALVES, SEEDS, 200)
+    granularity_runs(ARMS_OF_THREE_SEEDS, (1, 2, 4, 8, 16), HALVES, SEEDS)
+    granularity_runs(ARMS_OF_THREE_SEEDS, (1, 16), HALVES, SEEDS, 200)
     granularity_runs(("authors",), (1, 16), WHOLE, (0,), 800)
+    granularity_runs(("authors", "router mup"), (1, 16, 32), WHOLE, (0,), width=128)
 
 
 def expert_count_runs(names, lrs: list, seeds: tuple, steps: int = STEPS, widths: tuple = (64,), experts=EXPERTS) -> None:
@@ -102,10 +105,11 @@ def expert_count_runs(names, lrs: list, seeds: tuple, steps: int = STEPS, widths
 
 
 def expert_count() -> None:
-    """Two to 32 experts under every arm, in a screen and with three seeds; width and experts together; the dense model."""
+    """Two to 32 experts under every arm, in a screen and with three seeds, also half as long; width and experts; the dense."""
     expert_count_runs(EXPERT_ARMS, WHOLE, (0,))
-    expert_count_runs(EXPERT_ARMS_OF_THREE_SEEDS, HALVES, SEEDS)
-    expert_count_runs(("mup, raw, k=2",), HALVES, (0,), widths=(32, 128), experts=(2, 8, 32))
+    expert_count_runs(EXPERT_ARMS_OF_THREE_SEEDS, EXPERT_HALVES, SEEDS)
+    expert_count_runs(EXPERT_ARMS_OF_THREE_SEEDS, EXPERT_HALVES, SEEDS, STEPS // 2, experts=(2, 8, 32))
+    expert_count_runs(("mup, raw, k=2",), HALVES, SEEDS, widths=(32, 128), experts=(2, 8, 32))
     dense = {**SMALL, "n_experts": 1, "top_k": 1, "expert_ratio": 4}
     sweep((64,), ("simplep", "mup"), HALVES, SEEDS, STEPS, options=OPTIONS, store=SWEEPS / "expert_count.jsonl", **dense)
 

@@ -45,13 +45,15 @@ def lr_curves(
     my_lr: float | None = None,
     live: pd.DataFrame | None = None,
     swapped: bool = False,
+    notes: dict[tuple[str, float], str] | None = None,
 ) -> Figure:
     """Loss against learning rate: a panel per parametrization, a curve per value of `by`, minima marked.
 
     frame: as `sweep` returns it. Curves are means over seeds, with a band of one standard deviation. A star and a dotted
     line mark each optimum (hollow: on the grid's edge); a cross at the top is a run that diverged or lies above. my_lr: an
     LR to mark in every panel. live: another sweep's frame, drawn dashed on top. swapped: a panel per value of `by` and a
-    curve per parametrization. Raises ValueError as `mean_losses` does.
+    curve per parametrization. notes: (parametrization, value) -> what to say of that curve in a legend of its own panel.
+    Raises ValueError as `mean_losses` does.
     """
     means = mean_losses(frame, by, loss)
     others = means.iloc[:0] if live is None or live.empty else mean_losses(live, by, loss)
@@ -63,14 +65,19 @@ def lr_curves(
     figure, panels = _panels(len(names), {"val_loss": "validation", "train_loss": "training"}.get(loss, loss))
     top = _fit_losses(panels[0], shown)
     for axes, name in zip(panels, names, strict=True):
-        for value, points in means[means[panel] == name].groupby(curve):
-            _draw_curve(axes, points.sort_values("lr"), _name(value), looks[value], top, minima)
+        drawn = {
+            value: _draw_curve(axes, points.sort_values("lr"), _name(value), looks[value], top, minima)
+            for value, points in means[means[panel] == name].groupby(curve)
+        }
         for value, points in others[others[panel] == name].groupby(curve):
             points = points.sort_values("lr")
             axes.plot(points.lr, points.loss.clip(upper=top), "--", markersize=7, fillstyle="none", **looks[value])
         if my_lr is not None:
             axes.axvline(my_lr, color="black", linewidth=1.4)
         axes.set_title(titles[name], fontsize=11 if len(names) <= WRAPPED else 9)
+        said = [(line, (notes or {}).get((value, name) if swapped else (name, value))) for value, line in drawn.items()]
+        if said := [(line, words) for line, words in said if words]:
+            axes.legend(*zip(*said, strict=True), loc="upper center", fontsize=8, edgecolor="none")
         _label_octaves(axes, sorted({*means.lr, *(() if my_lr is None else (my_lr,))}))
         axes.grid(alpha=0.25)
     handles = {line.get_label(): line for axes in panels for line in axes.get_legend_handles_labels()[0]}
@@ -133,10 +140,11 @@ def _drift(report: pd.Series) -> str:
     return f"the best LR drifts by {report.drift_octaves:+.2f} octaves"
 
 
-def _draw_curve(axes: Axes, curve: pd.DataFrame, name: str, look: dict, ceiling: float, minima: bool) -> None:
+def _draw_curve(axes: Axes, curve: pd.DataFrame, name: str, look: dict, ceiling: float, minima: bool) -> Line2D:
+    """Draw one curve with its band, its lost runs and its minimum; the line is what a legend shows of it."""
     lrs, losses = curve.lr.to_numpy(), curve.loss.to_numpy()
     shown = np.where(np.isfinite(losses), losses, np.nan)
-    axes.plot(lrs, shown, label=name, markersize=5, linewidth=1.6, **look)
+    (line,) = axes.plot(lrs, shown, label=name, markersize=5, linewidth=1.6, **look)
     if curve.seeds.max() > 1:
         spread = curve.spread.fillna(0).to_numpy()
         axes.fill_between(lrs, shown - spread, shown + spread, color=look["color"], alpha=0.2, linewidth=0)
@@ -157,6 +165,7 @@ def _draw_curve(axes: Axes, curve: pd.DataFrame, name: str, look: dict, ceiling:
             markeredgewidth=0.7,
             zorder=5,
         )
+    return line
 
 
 def _label_octaves(axes: Axes, lrs: list[float]) -> None:

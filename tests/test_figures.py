@@ -46,6 +46,16 @@ def test_my_lr_is_a_line_in_every_panel_and_live_curves_are_dashed(swept):
     assert not any(line.get_marker() == "*" for axes in lr_curves(swept, minima=False).axes for line in axes.lines)
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_notes_stand_in_their_curve_s_own_panel(swept, swapped):
+    name = PAIR[0].name
+    first, second = lr_curves(swept, notes={(name, 32): "narrow", (name, 64): "wide"}, swapped=swapped).axes
+    shown = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in (first, second) if axes.get_legend()]
+    assert shown == ([["narrow"], ["wide"]] if swapped else [["narrow", "wide"]])
+    colors = [to_rgb(line.get_color()) for line in first.get_legend().get_lines()]
+    assert colors == [to_rgb(line.get_color()) for line in first.lines if line.get_label() in ("32", "64", name)][: len(colors)]
+
+
 def test_drift_chart_has_a_row_for_each_table_and_hollow_points_without_an_error():
     report = pd.DataFrame(
         {"parametrization": ["a", "b", "c"], "per_doubling": [-0.5, 0.1, np.nan], "per_doubling_error": [0.1, np.nan, np.nan]}
