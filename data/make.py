@@ -108,7 +108,9 @@ def expert_count() -> None:
     """Two to 32 experts under every arm, in a screen and with three seeds, also half as long; width and experts; the dense."""
     expert_count_runs(EXPERT_ARMS, WHOLE, (0,))
     expert_count_runs(EXPERT_ARMS_OF_THREE_SEEDS, EXPERT_HALVES, SEEDS)
-    expert_count_runs(EXPERT_ARMS_OF_THREE_SEEDS, EXPERT_HALVES, SEEDS, STEPS // 2, experts=(2, 8, 32))
+    for name in EXPERT_ARMS_OF_THREE_SEEDS:
+        ends = (2 if EXPERT_ARMS[name].share is None else 4, 32)
+        expert_count_runs((name,), EXPERT_HALVES, SEEDS, STEPS // 2, experts=ends)
     expert_count_runs(("mup, raw, k=2",), HALVES, SEEDS, widths=(32, 128), experts=(2, 8, 32))
     dense = {**SMALL, "n_experts": 1, "top_k": 1, "expert_ratio": 4}
     sweep((64,), ("simplep", "mup"), HALVES, SEEDS, STEPS, options=OPTIONS, store=SWEEPS / "expert_count.jsonl", **dense)

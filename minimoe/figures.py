@@ -95,8 +95,8 @@ def _name(value: float | str) -> str:
 
 
 def _panels(number: int, loss: str) -> tuple[Figure, list[Axes]]:
-    """A figure of so many panels of loss against LR that share their axes, in rows of four where one would be too long."""
-    columns = number if number <= WRAPPED else 4
+    """A figure of so many panels of loss against LR that share their axes, in rows of three or four where one is too long."""
+    columns = number if number <= WRAPPED else 3 if number in (6, 9) else 4
     rows = math.ceil(number / columns)
     figure = Figure(figsize=(1.2 + 3.6 * columns, 4.2 if rows == 1 else 0.6 + 3.1 * rows), layout="constrained")
     panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
