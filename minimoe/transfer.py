@@ -133,12 +133,12 @@ def transfer_report(frame: pd.DataFrame, by: str = "width", loss: str = "val_los
 
 
 def seed_optima(frame: pd.DataFrame, by: str = "width", loss: str = "val_loss") -> pd.DataFrame:
-    """Each seed's own optimum: one row per parametrization, value of `by` and seed, with columns best_octave and inside.
+    """Each seed's own optimum: one row per parametrization, value of `by` and seed, with column best_octave.
 
     best_octave: log2 of the LR where a parabola in log2 LR is least, fitted (least squares) to the seed's losses within an
     octave of the best grid LR of the mean curve. On a half-octave grid that is five points, which is steadier than three.
-    inside: False, and best_octave NaN, where that LR lies on the grid's edge, a loss there is infinite, or the parabola has
-    no minimum within the octave and the seed's own LRs. Raises ValueError as `mean_losses` does.
+    NaN where that LR lies on the grid's edge, a loss there is infinite, or the parabola has no minimum within the octave and
+    the seed's own LRs. Raises ValueError as `mean_losses` does.
     """
     centres = {}
     for curve, points in mean_losses(frame, by, loss).groupby(["parametrization", by], sort=False):
@@ -153,7 +153,7 @@ def seed_optima(frame: pd.DataFrame, by: str = "width", loss: str = "val_loss") 
         vertex = _fitted_vertex(octaves[near], own[loss].to_numpy()[near])
         found = abs(vertex) <= 1 and octaves.min() <= vertex <= octaves.max()
         best = vertex + math.log2(centre["grid_lr"]) if found else math.nan
-        rows.append({"parametrization": name, by: value, "seed": seed, "best_octave": best, "inside": not math.isnan(best)})
+        rows.append({"parametrization": name, by: value, "seed": seed, "best_octave": best})
     return pd.DataFrame(rows)
 
 
