@@ -136,33 +136,38 @@ def seed_optima(frame: pd.DataFrame, by: str = "width", loss: str = "val_loss") 
     """Each seed's own optimum: one row per parametrization, value of `by` and seed, with column best_octave.
 
     best_octave: log2 of the LR where a parabola in log2 LR is least, fitted (least squares) to the seed's losses within an
-    octave of the best grid LR of the mean curve. On a half-octave grid that is five points, which is steadier than three.
-    NaN where that LR lies on the grid's edge, a loss there is infinite, or the parabola has no minimum within the octave and
-    the seed's own LRs. Raises ValueError as `mean_losses` does.
+    octave of the best grid LR of the mean curve. The parabola's curvature is the mean curve's: how flat a valley is belongs
+    to the model, and is too noisy to be fitted seed by seed. Then the mean over seeds is the optimum of the mean curve.
+    Only LRs that every seed has count. NaN where the best LR lies on the grid's edge, a loss near it is infinite, or the
+    parabola has no minimum within the octave. Raises ValueError as `mean_losses` does.
     """
-    centres = {}
-    for curve, points in mean_losses(frame, by, loss).groupby(["parametrization", by], sort=False):
-        points = points.sort_values("lr")
-        centres[curve] = optimum(points.lr.to_numpy(), points.loss.to_numpy())
+    mean_losses(frame, by, loss)  # refuses what is no set of curves
     rows = []
     points = frame.drop_duplicates(["parametrization", by, "seed", "lr"])
-    for (name, value, seed), own in points.groupby(["parametrization", by, "seed"], sort=False):
-        centre = centres[name, value]
-        octaves = np.log2(own.lr.to_numpy()) - math.log2(centre["grid_lr"] if not centre["on_edge"] else math.nan)
-        near = np.abs(octaves) <= 1 + 1e-9
-        vertex = _fitted_vertex(octaves[near], own[loss].to_numpy()[near])
-        found = abs(vertex) <= 1 and octaves.min() <= vertex <= octaves.max()
-        best = vertex + math.log2(centre["grid_lr"]) if found else math.nan
-        rows.append({"parametrization": name, by: value, "seed": seed, "best_octave": best})
+    for (name, value), own in points.groupby(["parametrization", by], sort=False):
+        losses = own.pivot(index="seed", columns="lr", values=loss).dropna(axis=1)  # a row per seed, sorted by LR
+        found = zip(losses.index, _seed_vertices(np.log2(losses.columns.to_numpy()), losses.to_numpy()), strict=True)
+        rows += [{"parametrization": name, by: value, "seed": seed, "best_octave": best} for seed, best in found]
     return pd.DataFrame(rows)
 
 
-def _fitted_vertex(x: np.ndarray, y: np.ndarray) -> float:
-    """Where the parabola nearest to the points has its minimum; NaN if it has none."""
+def _seed_vertices(octaves: np.ndarray, losses: np.ndarray) -> np.ndarray:
+    """(seeds,) where each row of losses (seeds, LRs) has its minimum, in octaves; see `seed_optima`."""
+    nowhere = np.full(len(losses), math.nan)
+    best = optimum(2.0**octaves, losses.mean(0))
+    if best["on_edge"]:
+        return nowhere
+    x = octaves - math.log2(best["grid_lr"])
+    near = np.abs(x) <= 1 + 1e-9
+    x, y = x[near], losses[:, near]
     if len(x) < 3 or not np.isfinite(y).all():
-        return math.nan
-    curvature, slope, _ = np.polyfit(x, y, 2)
-    return float(-slope / (2 * curvature)) if curvature > 0 else math.nan
+        return nowhere
+    curvature = np.polyfit(x, y.mean(0), 2)[0]
+    if curvature <= 0:
+        return nowhere
+    slopes = np.polyfit(x, (y - curvature * x**2).T, 1)[0]
+    places = -slopes / (2 * curvature)
+    return np.where(np.abs(places) <= 1, places + math.log2(best["grid_lr"]), math.nan)
 
 
 def drift_report(frame: pd.DataFrame, by: str = "width", loss: str = "val_loss") -> pd.DataFrame:

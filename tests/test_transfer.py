@@ -141,6 +141,19 @@ def test_each_seed_has_its_own_optimum_and_the_drift_its_error():
     assert row.seeds == 3
 
 
+def test_seeds_share_the_mean_curves_curvature():
+    """One noisy seed, whose own parabola has no minimum; and an LR that one seed lacks, which does not count."""
+    rows = seeded({32: (-6.2, -6.0, -5.8)})
+    octaves = np.log2(rows.lr)
+    rows["val_loss"] -= np.where(rows.seed == 0, 0.15, 0) * (octaves + 6) ** 2  # curvatures -0.05, 0.1, 0.1: 0.05 in the mean
+    rows = rows[~(np.isclose(octaves, -6.5) & (rows.seed == 2))]
+    optima = seed_optima(rows).best_octave
+    assert optima[2] - optima[1] == pytest.approx(0.2 * 0.1 / 0.05)
+    near = rows[(np.abs(np.log2(rows.lr) + 6) <= 1) & ~np.isclose(rows.lr, 2.0**-6.5)]
+    curvature, slope, _ = np.polyfit(np.log2(near.lr), near.val_loss, 2)
+    assert optima.mean() == pytest.approx(-slope / (2 * curvature))
+
+
 def test_the_regret_has_an_error_too():
     row = drift_report(seeded({32: (-6.0, -6.0), 64: (-7.0, -7.5)})).iloc[0]
     at = {seed: 0.1 * ((-6 - centre) ** 2 - (-7.5 - centre) ** 2) for seed, centre in enumerate((-7.0, -7.5))}

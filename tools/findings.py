@@ -51,18 +51,30 @@ def three_seeds(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[frame.groupby("parametrization")[size].transform("nunique") > 1]
 
 
+def screened(frame: pd.DataFrame, sizes: tuple, by: str) -> pd.DataFrame:
+    """What every arm has: one seed, whole octaves, these sizes."""
+    whole = frame.lr.map(lambda lr: math.log2(lr).is_integer())
+    return frame[whole & (frame.seed == 0) & frame[by].isin(sizes)]
+
+
 def tables() -> dict[str, str]:
     """name -> table, each as it stands in the page."""
-    fine = labelled(read_sweep(SWEEPS / "granularity.jsonl"), ARMS)
     count = labelled(read_sweep(SWEEPS / "expert_count.jsonl"), EXPERT_ARMS)
-    small = fine[(fine.width == 64) & (fine.granularity <= 16)]
-    screen = small[(small.steps == 400) & (small.seed == 0) & small.granularity.isin([1, 4, 16])]
-    whole = screen.lr.map(lambda lr: math.log2(lr).is_integer())
+    joint = count[(count.parametrization == "mup, raw, k=2") & (count.steps == 200) & count.n_experts.isin([2, 8, 32])]
+    joint = joint.sort_values("width", kind="stable").assign(parametrization=lambda rows: rows.width.map("width {}".format))
+    count = count[count.width == 64]
+    fine = labelled(read_sweep(SWEEPS / "granularity.jsonl"), ARMS)
+    wide, fine = fine[fine.width == 128], fine[fine.width == 64]
     return {
-        "granularity": drift_table(three_seeds(small[small.steps == 400]), "granularity"),
-        "granularity, every arm": drift_table(screen[whole], "granularity"),
-        "granularity, half as long": drift_table(three_seeds(small[small.steps == 200]), "granularity"),
-        "expert count": drift_table(three_seeds(count[count.width == 64]), "n_experts"),
+        "expert count": drift_table(three_seeds(count[count.steps == 200]), "n_experts"),
+        "expert count, every arm": drift_table(screened(count[count.steps == 200], (2, 4, 8, 16, 32), "n_experts"), "n_experts"),
+        "expert count, half as long": drift_table(three_seeds(count[count.steps == 100]), "n_experts"),
+        "width and expert count": drift_table(joint, "n_experts"),
+        "granularity": drift_table(three_seeds(fine[fine.steps == 400]), "granularity"),
+        "granularity, every arm": drift_table(screened(fine[fine.steps == 400], (1, 4, 16), "granularity"), "granularity"),
+        "granularity, half as long": drift_table(three_seeds(fine[fine.steps == 200]), "granularity"),
+        "granularity, twice as long": drift_table(fine[fine.steps == 800], "granularity"),
+        "granularity, twice as wide": drift_table(wide, "granularity"),
     }
 
 
