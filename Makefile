@@ -1,5 +1,5 @@
 # demo: the picture, trained now (about 2 minutes on two cores)   test: every test   lab: the notebooks in JupyterLab
-# notebooks: run them again, in place    student: copies without answers    data: the shipped sweeps again (about an hour)
+# notebooks: run them again, in place    student: copies without answers    data: the shipped sweeps again (four hours)
 # figure: the README's pictures          lint: ruff                         clean: remove what these made
 PYTHON ?= python3
 
