@@ -13,9 +13,11 @@ size, so that its scale 1 / C does not move with the width; token-choice routing
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
@@ -361,6 +363,12 @@ def config_to_dict(config: Config) -> dict:
 
 def config_from_dict(data: dict) -> Config:
     """The config that `config_to_dict` wrote."""
+    return _checked_config(json.dumps(data))
+
+
+@lru_cache(maxsize=4096)  # a sweep's rows share their configs, and checking one takes longer than reading its row
+def _checked_config(text: str) -> Config:
+    data = json.loads(text)
     return Config(**{**data, "parametrization": Parametrization.from_dict(data["parametrization"])})
 
 
