@@ -17,7 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from .model import config_from_dict
+from .model import config_from_dict, config_to_dict
 
 FORMAT = 2  # raise it when a change of the code changes what a run's numbers are: older lines then count as other runs
 
@@ -113,8 +113,9 @@ def _sync_folder(folder: Path) -> None:
 
 
 def label(cell: dict) -> str:
-    """What tells two cells of one store apart."""
-    return json.dumps([cell["key"], cell["config"], cell["lr"], cell["corpus"]], sort_keys=True)
+    """What tells two cells of one store apart. A line from before a field of Config was added means that field's default."""
+    config = config_to_dict(config_from_dict(cell["config"]))
+    return json.dumps([cell["key"], config, cell["lr"], cell["corpus"]], sort_keys=True)
 
 
 def _parsed(line: bytes, number: int, path: Path) -> dict:

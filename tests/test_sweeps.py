@@ -97,6 +97,17 @@ def test_parts_of_several_runs_lose_nothing_either(corpus, tmp_path, monkeypatch
     assert len(caught.value.frame) == 6
 
 
+def test_a_line_from_before_a_field_of_config_is_the_same_cell(corpus, tmp_path):
+    store = tmp_path / "runs.jsonl"
+    small = {"n_jobs": 1, "progress": False, "context": 16, "store": store}
+    sweep((32,), ("mup",), (2**-6,), (0,), 2, corpus, **small)
+    cell = json.loads(store.read_text())
+    assert cell["config"].pop("balance_times_k") is False
+    store.write_text(json.dumps(cell) + "\n")
+    sweep((32,), ("mup",), (2**-6,), (0,), 2, corpus, **small)
+    assert json.loads(store.read_text()) == cell, "no second line"
+
+
 def test_labels_are_in_the_store_as_soon_as_their_run(corpus, tmp_path, monkeypatch):
     original = sweeps.finished_runs
 
