@@ -10,7 +10,7 @@ import math
 import sys
 from pathlib import Path
 
-from minimoe import PARAMETRIZATIONS, TrainOptions, coordinate_check, fan_in, sweep, transfer_report
+from minimoe import PARAMETRIZATIONS, TrainOptions, coordinate_check, fan_in, read_sweep, sweep, transfer_report
 from minimoe.arms import ARMS, EXPERT_ARMS
 from minimoe.routers import ROUTER_RULES
 
@@ -126,9 +126,18 @@ def coordinates() -> None:
     frame.to_csv(path, index=False, float_format="%.5g")
 
 
+def costs(store: Path) -> str:
+    """How many rows and runs a sweep's store holds, and the training time by the runs' own clocks; nothing for no store."""
+    if not store.exists():
+        return ""
+    rows = read_sweep(store)
+    runs = rows.drop_duplicates("key")  # cells that are one run share its seconds
+    return f", {len(rows)} rows, {len(runs)} runs, {runs.seconds.sum() / 3600:.1f} core-hours"
+
+
 MADE = {made.__name__: made for made in (coordinates, transfer, router_rules, expert_count, granularity)}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or MADE:
         MADE[name]()
-        print(f"{name}: made", flush=True)
+        print(f"{name}: made{costs(SWEEPS / f'{name}.jsonl')}", flush=True)
