@@ -75,9 +75,10 @@ def lr_curves(
         if my_lr is not None:
             axes.axvline(my_lr, color="black", linewidth=1.4)
         axes.set_title(titles[name], fontsize=11 if len(names) <= WRAPPED else 9)
-        said = [(line, (notes or {}).get((value, name) if swapped else (name, value))) for value, line in drawn.items()]
-        if said := [(line, words) for line, words in said if words]:
-            axes.legend(*zip(*said, strict=True), loc="upper center", fontsize=8, edgecolor="none")
+        curves = {(value, name) if swapped else (name, value): line for value, line in drawn.items()}
+        if noted := [key for key in curves if key in (notes or {})]:
+            handles, words = [curves[key] for key in noted], [notes[key] for key in noted]
+            axes.legend(handles, words, loc="upper center", fontsize=8, edgecolor="none")
         _label_octaves(axes, sorted({*means.lr, *(() if my_lr is None else (my_lr,))}))
         axes.grid(alpha=0.25)
     handles = {line.get_label(): line for axes in panels for line in axes.get_legend_handles_labels()[0]}

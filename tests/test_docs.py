@@ -1,9 +1,9 @@
 """README and notebooks: links that point where they say, outputs that are there."""
 
-import importlib.util
 import re
 from pathlib import Path
 
+import findings
 import pytest
 import torch
 
@@ -51,9 +51,6 @@ def test_the_readmes_python_runs():
 
 
 def test_the_tables_of_the_findings_are_the_sweeps():
-    spec = importlib.util.spec_from_file_location("tools_findings", ROOT / "tools" / "findings.py")
-    findings = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(findings)
     text = findings.PAGE.read_text()
     assert findings.page(text, findings.tables()) == text, "run python tools/findings.py"
     assert text.count("<!-- table: ") == len(findings.tables())

@@ -3,7 +3,6 @@
 That each notebook runs and prints what it shows is nbval's part (`pytest --nbval notebooks`, in `make test`).
 """
 
-import importlib.util
 import os
 import re
 import shutil
@@ -15,15 +14,13 @@ import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
+import notebooks as tools
+
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 COURSE = [path for path in NOTEBOOKS if path.name > "01"]
 TAGS = {"nbval-ignore-output", "solution"}
 HEADER = ("You will", "Before", "Takes", "Data")
-
-spec = importlib.util.spec_from_file_location("tools_notebooks", ROOT / "tools" / "notebooks.py")
-tools = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tools)
 
 
 def read(path):

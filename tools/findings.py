@@ -44,14 +44,13 @@ def drift_table(frame: pd.DataFrame, by: str) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def three_seeds(frame: pd.DataFrame) -> pd.DataFrame:
+def three_seeds(frame: pd.DataFrame, by: str) -> pd.DataFrame:
     """The arms that were trained with three seeds on half octaves, at more than the size that all arms share."""
-    size = "granularity" if frame.granularity.nunique() > 1 else "n_experts"
-    frame = frame[frame.groupby(["parametrization", size]).seed.transform("nunique") >= 3]
-    return frame[frame.groupby("parametrization")[size].transform("nunique") > 1]
+    frame = frame[frame.groupby(["parametrization", by]).seed.transform("nunique") >= 3]
+    return frame[frame.groupby("parametrization")[by].transform("nunique") > 1]
 
 
-def screened(frame: pd.DataFrame, sizes: tuple, by: str) -> pd.DataFrame:
+def screened(frame: pd.DataFrame, by: str, sizes: tuple) -> pd.DataFrame:
     """What every arm has: one seed, whole octaves, these sizes."""
     whole = frame.lr.map(lambda lr: math.log2(lr).is_integer())
     return frame[whole & (frame.seed == 0) & frame[by].isin(sizes)]
@@ -62,20 +61,25 @@ def tables() -> dict[str, str]:
     count = labelled(read_sweep(SWEEPS / "expert_count.jsonl"), EXPERT_ARMS)
     joint = count[(count.parametrization == "mup, raw, k=2") & (count.steps == 200) & count.n_experts.isin([2, 8, 32])]
     joint = joint.sort_values("width", kind="stable").assign(parametrization=lambda rows: rows.width.map("width {}".format))
-    count = count[count.width == 64]
+    count = dict(iter(count[count.width == 64].groupby("steps")))
     fine = labelled(read_sweep(SWEEPS / "granularity.jsonl"), ARMS)
-    wide, fine = fine[fine.width == 128], fine[fine.width == 64]
-    return {
-        "expert count": drift_table(three_seeds(count[count.steps == 200]), "n_experts"),
-        "expert count, every arm": drift_table(screened(count[count.steps == 200], (2, 4, 8, 16, 32), "n_experts"), "n_experts"),
-        "expert count, half as long": drift_table(three_seeds(count[count.steps == 100]), "n_experts"),
-        "width and expert count": drift_table(joint, "n_experts"),
-        "granularity": drift_table(three_seeds(fine[fine.steps == 400]), "granularity"),
-        "granularity, every arm": drift_table(screened(fine[fine.steps == 400], (1, 4, 16), "granularity"), "granularity"),
-        "granularity, half as long": drift_table(three_seeds(fine[fine.steps == 200]), "granularity"),
-        "granularity, twice as long": drift_table(fine[fine.steps == 800], "granularity"),
-        "granularity, twice as wide": drift_table(wide, "granularity"),
+    wide = fine[fine.width == 128]
+    fine = dict(iter(fine[fine.width == 64].groupby("steps")))
+    experts = {
+        "expert count": three_seeds(count[200], "n_experts"),
+        "expert count, every arm": screened(count[200], "n_experts", (2, 4, 8, 16, 32)),
+        "expert count, half as long": three_seeds(count[100], "n_experts"),
+        "width and expert count": joint,
     }
+    granularities = {
+        "granularity": three_seeds(fine[400], "granularity"),
+        "granularity, every arm": screened(fine[400], "granularity", (1, 4, 16)),
+        "granularity, half as long": three_seeds(fine[200], "granularity"),
+        "granularity, twice as long": fine[800],
+        "granularity, twice as wide": wide,
+    }
+    made = {name: drift_table(rows, "n_experts") for name, rows in experts.items()}
+    return made | {name: drift_table(rows, "granularity") for name, rows in granularities.items()}
 
 
 def page(text: str, made: dict[str, str]) -> str:
