@@ -19,15 +19,14 @@ from minimoe.step import SingleRun
 torch.set_num_threads(1)
 config = Config(width=128, n_experts=int(sys.argv[1]), top_k=int(sys.argv[2]))
 run, batch = SingleRun([MiniMoE(config)], [1e-3], TrainOptions(batch_size=64)), torch.randint(96, (1, 64, 65))
-for group in run.optimizer.param_groups:  # AdamW's state and the gradients, before the first step
-    for p in group["params"]:
-        p.grad = torch.zeros_like(p)
-run.optimizer.step()
+for p in run.model.parameters():  # AdamW's state and the gradients, before the first step
+    p.grad = torch.zeros_like(p)
+run.optimizer.step(dict.fromkeys(run.roles, 1.0))
 weights = sum(p.numel() for p in run.model.parameters())
 page = resource.getpagesize()
 held = int(open("/proc/self/statm").read().split()[1]) * page
 for _ in range(3):
-    run.step(batch, 1.0)
+    run.step(batch)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print((peak - held) / 2**20, 4 * weights / 2**20)
 """

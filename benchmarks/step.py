@@ -4,8 +4,7 @@
 
 Forward + backward + update, float32, 16 sequences of 64 characters, 2 layers, fused AdamW. The floor is the step's matrix
 products, attention and loss, each timed alone: ten times in a row on the same data, so that what fits is in the cache.
-Mixtral has the same width, depth, heads, experts, top-k and active FLOPs (three matrices of 2/3 the size), its balance
-loss on and its experts as `grouped_mm`.
+Mixtral is that of `contenders.py`.
 """
 
 from __future__ import annotations
@@ -13,53 +12,15 @@ from __future__ import annotations
 import argparse
 
 import torch
+from contenders import mixtral, ours
 from timing import conditions, interleaved
 from torch.nn import functional as F
-from transformers import MixtralConfig, MixtralForCausalLM
 
-from minimoe import Config, MiniMoE, TrainOptions
-from minimoe.step import SingleRun
+from minimoe import Config
 
 B, T, L, V = 16, 64, 2, 96
 IN_A_ROW = 10
 SHAPES = [(32, 1), (64, 1), (128, 1), (256, 1), (128, 4)]  # width, granularity; 8 experts, top-2
-
-
-def ours(config: Config):
-    run, batch = SingleRun([MiniMoE(config)], [1e-3], TrainOptions()), torch.randint(V, (1, B, T + 1))
-    return lambda: run.step(batch, 1.0)
-
-
-def mixtral(config: Config):
-    model = MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=V,
-            hidden_size=config.width,
-            intermediate_size=round(config.expert_width * 2 / 3 / 4) * 4,
-            num_hidden_layers=L,
-            num_attention_heads=config.width // 16,
-            num_key_value_heads=config.width // 16,
-            head_dim=16,
-            num_local_experts=config.experts,
-            num_experts_per_tok=config.active_experts,
-            max_position_embeddings=T,
-            output_router_logits=True,
-            router_aux_loss_coef=0.01,
-            use_cache=False,
-            sliding_window=None,
-            attn_implementation="sdpa",
-            experts_implementation="grouped_mm",
-        )
-    )
-    optimizer, tokens = torch.optim.AdamW(model.parameters(), 1e-3, fused=True), torch.randint(V, (B, T))
-
-    def step():
-        loss = model(input_ids=tokens, labels=tokens).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return step
 
 
 def floor(config: Config) -> list:

@@ -16,11 +16,19 @@ from timing import conditions, interleaved
 
 LOOP = """
 import torch
-from minimoe import Config, TrainOptions, load_corpus
-from minimoe.training import TextData, _train
+from minimoe import Config, MiniMoE, TrainOptions, load_corpus
+from minimoe.step import SingleRun, lr_factors
+from minimoe.training import TextData, record_steps, windows
+steps, config, options = {steps}, Config("mup", {width}), TrainOptions()
 data = TextData(load_corpus("pydocs"), torch.device("cpu"))
+validation = data.validation(options.eval_batches, options.batch_size, config.context)
 for i in range(9):
-    _train([(Config("mup", {width}), 2.0 ** (i / 2 - 8))], data, {steps}, TrainOptions(), plain=True)
+    run = SingleRun([MiniMoE(config)], [2.0 ** (i / 2 - 8)], options)
+    order = data.order([0], steps, options.batch_size, config.context)
+    for step in range(steps):
+        run.step(windows(data.train, order[step], config.context), lr_factors(step, steps, options, run.roles))
+        if step + 1 in record_steps(steps, options.evals):
+            run.measure(validation)
 """
 SWEEP = """
 from minimoe import sweep

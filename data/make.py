@@ -12,7 +12,7 @@ from pathlib import Path
 
 from minimoe import PARAMETRIZATIONS, TrainOptions, coordinate_check, fan_in, read_sweep, sweep, transfer_report
 from minimoe.arms import ARMS, EXPERT_ARMS
-from minimoe.routers import ROUTER_RULES
+from minimoe.tables import ROUTER_RULES
 
 SWEEPS = Path(__file__).parent / "sweeps"
 OCTAVES = [2.0**octave for octave in range(-9, -3)]
@@ -73,13 +73,9 @@ def router_rules() -> None:
 
 def granularity_runs(names, granularities: tuple, lrs: list, seeds: tuple, steps: int = 400, width: int = 64) -> None:
     """The named arms of `minimoe.arms.ARMS`, four times as wide as the base or more."""
-    arms = [ARMS[name] for name in names]
-    for granularity in granularities:
-        for fields in {str(arm.fields): arm.fields for arm in arms}.values():  # tables that share them, in one go
-            tables = tuple(arm.table for arm in arms if arm.fields == fields)
-            sizes = {**SMALL, "granularity": granularity, "base_granularity": 1}
-            store = SWEEPS / "granularity.jsonl"
-            sweep((width,), tables, lrs, seeds, steps, options=OPTIONS, store=store, **sizes, **fields)
+    store, sizes = SWEEPS / "granularity.jsonl", {**SMALL, "granularity": granularities, "base_granularity": 1}
+    for arm in (ARMS[name] for name in names):
+        sweep((width,), arm.table, lrs, seeds, steps, options=OPTIONS, store=store, **sizes, **arm.fields)
 
 
 def granularity() -> None:
@@ -95,13 +91,10 @@ def granularity() -> None:
 def expert_count_runs(names, lrs: list, seeds: tuple, steps: int = STEPS, widths: tuple = (64,), experts=EXPERTS) -> None:
     """The named arms of `minimoe.arms.EXPERT_ARMS`, four times as wide as the base."""
     store = SWEEPS / "expert_count.jsonl"
-    for name in names:
-        arm = EXPERT_ARMS[name]
-        for n_experts in experts:
-            top_k = arm.active(n_experts)
-            if top_k > arm.fields["renormalize"]:  # a single renormalised gate is always 1
-                fields = {**SMALL, **arm.fields, "n_experts": n_experts, "top_k": top_k}
-                sweep(widths, (arm.table,), lrs, seeds, steps, options=OPTIONS, store=store, **fields)
+    for arm in (EXPERT_ARMS[name] for name in names):
+        least = 2 if arm.fields["renormalize"] else 1  # a single renormalised gate is always 1
+        sizes = {**SMALL, "n_experts": [n for n in experts if arm.at(n_experts=n)["top_k"] >= least]}
+        sweep(widths, arm.table, lrs, seeds, steps, options=OPTIONS, store=store, **sizes, **arm.fields)
 
 
 def expert_count() -> None:
@@ -109,7 +102,7 @@ def expert_count() -> None:
     expert_count_runs(EXPERT_ARMS, WHOLE, (0,))
     expert_count_runs(EXPERT_ARMS_OF_THREE_SEEDS, EXPERT_HALVES, SEEDS)
     for name in EXPERT_ARMS_OF_THREE_SEEDS:
-        ends = (2 if EXPERT_ARMS[name].share is None else 4, 32)
+        ends = (2 if name.endswith(("k=2", "forced balance")) else 4, 32)
         expert_count_runs((name,), EXPERT_HALVES, SEEDS, STEPS // 2, experts=ends)
     expert_count_runs(("mup, raw, k=2",), HALVES, SEEDS, widths=(32, 128), experts=(2, 8, 32))
     dense = {**SMALL, "n_experts": 1, "top_k": 1, "expert_ratio": 4}

@@ -1,6 +1,6 @@
 """minimoe: muP for Mixture-of-Experts, in one readable model file and the tools that check it.
 
-Start with `minimoe/model.py`; the rules are the tables in `minimoe/parametrization.py`.
+Start with `minimoe/model.py`; the rules are the tables in `minimoe/tables.py`.
 """
 
 from importlib import import_module
@@ -10,27 +10,30 @@ __version__ = "0.1.0"
 _HOMES = {
     "arms": ("ARMS", "EXPERT_ARMS", "labelled"),
     "coordinates": ("coordinate_check", "exponents", "mystery", "predicted_exponents", "suspects"),
-    "corpus": ("Corpus", "load_corpus", "make_corpus"),
+    "config": ("Config",),
+    "corpus": ("Corpus", "check_tokens", "load_corpus", "make_corpus"),
     "explanations": ("explain", "side_by_side"),
     "explorers": ("CoordinateExplorer", "LRExplorer", "LiveSweep", "TableExplorer"),
     "figures": ("coordinate_curves", "drift_chart", "exponents_chart", "lr_curves", "router_rules", "tensor_curves"),
-    "model": ("Config", "MiniMoE", "Output", "check_tokens"),
+    "model": ("MiniMoE", "Output"),
     "parametrization": (
-        "PARAMETRIZATIONS",
         "Monomial",
         "Parametrization",
         "Rule",
+        "batch",
+        "depth",
+        "duration",
+        "expert_width",
         "fan_in",
         "granularity",
-        "initialise",
-        "param_groups",
-        "parameter",
-        "shift",
+        "n_experts",
+        "top_k",
         "width",
     ),
-    "routers": ("ROUTER_RULES",),
+    "roles": ("initialise", "param_groups", "parameter"),
     "step": ("TrainOptions",),
     "sweeps": ("read_sweep", "sweep"),
+    "tables": ("PARAMETRIZATIONS", "ROUTER_RULES", "shift"),
     "training": ("Run", "train"),
     "transfer": ("drift_report", "drift_words", "losses_at", "regrets", "transfer_report"),
 }

@@ -15,14 +15,16 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from .config import Config
 from .coordinates import OUTSIDE, PARTS, ROUTINGS, coordinate_check, diagnosis, exponents, size_axis
 from .corpus import load_corpus
 from .explanations import explain, marked, side_by_side
 from .figures import coordinate_curves, lr_curves
-from .model import Config, MiniMoE
-from .parametrization import PARAMETRIZATIONS
+from .model import MiniMoE
 from .step import TrainOptions
+from .grids import STEPS, WIDTHS
 from .sweeps import LRS, read_sweep, sweep
+from .tables import PARAMETRIZATIONS
 from .training import train
 from .transfer import sentence, transfer_report
 
@@ -86,10 +88,21 @@ def _parser() -> argparse.ArgumentParser:
     many = command(
         "sweep",
         _sweep,
-        "train a grid of widths, parametrizations, learning rates and seeds\n\n"
-        "Each finished run is a line in --store; the same command again goes on where it stopped.",
+        "train a grid of sizes, parametrizations, learning rates and seeds\n\n"
+        "Each finished run is a line in --store; the same command again goes on where it stopped. A model or training\n"
+        "option with several values is an axis of the grid: --depth 2 8 32.",
     )
-    many.add_argument("--widths", type=int, nargs="+", default=[32, 64, 128])
+    usual = f"(default {' '.join(map(str, WIDTHS))})"
+    many.add_argument("--widths", type=int, nargs="+", help=f"sizes of the residual stream {usual}")
+    many.add_argument(
+        "--path",
+        type=_path,
+        nargs="+",
+        default=[],
+        metavar="FIELD=A,B",
+        help="sizes that grow together, e.g. width=32,64,128 n_experts=4,8,16",
+    )
+    many.add_argument("--by", help="the axis to report (default: the one that has several values, or width)")
     many.add_argument(
         "--parametrizations", nargs="+", default=list(PARAMETRIZATIONS), metavar="NAME", help=f"of {', '.join(PARAMETRIZATIONS)}"
     )
@@ -102,8 +115,8 @@ def _parser() -> argparse.ArgumentParser:
         help="numbers (0.01, 2^-6.5), or ranges of octaves such as 2^-10:2^-3, or :0.5 for halves",
     )
     many.add_argument("--seeds", type=int, nargs="+", default=[0])
-    _add_config(many, without=("width", "parametrization"))
-    _add_training(many)
+    _add_config(many, without=("width", "parametrization"), several=True)
+    _add_training(many, several=True)
     many.add_argument("--jobs", type=int, help="processes on a CPU (default: one per core)")
     _add_sweep_outputs(many, store="runs/sweep.jsonl", figure=None)
 
@@ -190,8 +203,23 @@ def _field_help(kind: type) -> dict[str, str]:
     return {name: f"{comments.get(name, '')} (default {default})" for name, default in defaults.items()}
 
 
-def _add_config(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None:
-    """A flag for every field of Config; the checks and the messages are Config's own."""
+def _path(text: str) -> tuple[str, list]:
+    """width=32,64 -> the field and its values. Raises ValueError."""
+    name, _, values = text.partition("=")
+    kinds = {f.name.replace("-", "_"): _kind(f) for f in (*dataclasses.fields(Config), *dataclasses.fields(TrainOptions))}
+    name, kinds = name.replace("-", "_"), kinds | {"steps": int}
+    if name not in kinds or not values:
+        raise ValueError(f"{text}: a path is FIELD=VALUE,VALUE")
+    return name, [kinds[name](value) for value in values.split(",")]
+
+
+def _kind(f: dataclasses.Field) -> type:
+    """The type in which a flag reads a field."""
+    return {"int": int, "int | None": int, "float": float, "float | None": float}.get(f.type, str)
+
+
+def _add_config(parser: argparse.ArgumentParser, without: tuple[str, ...] = (), several: bool = False) -> None:
+    """A flag for every field of Config, with several values if so wanted; the checks and the messages are Config's own."""
     group, about = parser.add_argument_group("model"), _field_help(Config)
     for f in dataclasses.fields(Config):
         if f.name in (*without, "seed", "vocab_size"):
@@ -200,8 +228,8 @@ def _add_config(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) 
         if f.type == "bool":
             group.add_argument(flag, action="store_true", default=None, help=about[f.name])
         else:
-            kind = {"int": int, "int | None": int, "float": float}.get(f.type, str)
-            group.add_argument(flag, type=kind, help=about[f.name], metavar=kind.__name__.upper())
+            kind, number = _kind(f), {"nargs": "+"} if several and not f.name.startswith("base_") else {}
+            group.add_argument(flag, type=kind, help=about[f.name], metavar=kind.__name__.upper(), **number)
 
 
 def _config_fields(options: argparse.Namespace) -> dict:
@@ -209,22 +237,24 @@ def _config_fields(options: argparse.Namespace) -> dict:
     return {name: value for name, value in given if value is not None}
 
 
-def _add_training(parser: argparse.ArgumentParser) -> None:
+def _add_training(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """Flags for the corpus, the device, the number of steps and every field of TrainOptions."""
     group = parser.add_argument_group("training")
     group.add_argument("--corpus", default="pydocs", help="pydocs, shakespeare or a UTF-8 text file (default pydocs)")
-    group.add_argument("--steps", type=int, default=200, help="optimiser steps (default 200)")
+    number = {"nargs": "+"} if several else {}
+    group.add_argument("--steps", type=int, default=[STEPS] if several else STEPS, help=f"(default {STEPS})", **number)
     group.add_argument("--device", help="cpu or cuda (default: a GPU when there is one)")
     about = _field_help(TrainOptions)
     for f in dataclasses.fields(TrainOptions):
-        kind = int if f.type.startswith("int") else float
-        pair = {"nargs": 2} if f.name == "betas" else {}
+        kind = float if f.name == "betas" else _kind(f)
+        shape = {"nargs": 2} if f.name == "betas" else number
         flag = f"--{f.name.replace('_', '-')}"
-        group.add_argument(flag, type=kind, help=about[f.name], metavar=kind.__name__.upper(), **pair)
+        group.add_argument(flag, type=kind, help=about[f.name], metavar=kind.__name__.upper(), **shape)
 
 
-def _train_options(options: argparse.Namespace) -> TrainOptions:
+def _train_fields(options: argparse.Namespace) -> dict:
     given = {f.name: getattr(options, f.name) for f in dataclasses.fields(TrainOptions)}
-    return TrainOptions(**{name: value for name, value in given.items() if value is not None})
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _add_sweep_outputs(parser: argparse.ArgumentParser, store: str, figure: str | None) -> None:
@@ -276,7 +306,7 @@ def _train(options: argparse.Namespace) -> None:
     config = Config(vocab_size=corpus.vocab_size, **_config_fields(options))
     if options.save and not os.access(Path(options.save).parent, os.W_OK):
         raise OSError(f"--save {options.save}: its folder does not exist or cannot be written")
-    (run,) = train(config, options.lr, options.seed, corpus, options.steps, _train_options(options), options.device)
+    (run,) = train(config, options.lr, options.seed, corpus, options.steps, TrainOptions(**_train_fields(options)), options.device)
     history = pd.DataFrame(run.history)[["step", "train_loss", "val_loss"]]
     print(history.to_string(index=False, float_format="{:.4f}".format))
     print(f"{'diverged' if run.diverged else f'validation loss {run.val_loss:.4f} nats per character'}, {run.seconds:.0f} s")
@@ -286,21 +316,35 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> None:
-    lrs = [lr for lrs in options.lrs for lr in lrs]
+    axes = _config_fields(options) | _train_fields(options)
+    settings = TrainOptions(**{"betas": axes.pop("betas")} if "betas" in axes else {})
+    path, axes["steps"] = dict(options.path), options.steps
+    if "steps" in path:
+        del axes["steps"]
     frame = sweep(
         options.widths,
         options.parametrizations,
-        lrs,
+        [lr for lrs in options.lrs for lr in lrs],
         options.seeds,
-        options.steps,
-        options.corpus,
-        options=_train_options(options),
+        options=settings,
         store=options.store,
+        corpus=options.corpus,
         n_jobs=options.jobs,
         device=options.device,
-        **_config_fields(options),
+        path=path,
+        **axes,
     )
-    _show(frame, "width", options.figure)
+    grown = [name for name, values in {**path, "width": options.widths, **axes}.items() if _several(values)]
+    along = [name for name in grown if name not in path] + [*path][:1]
+    if options.by or len(along) < 2:
+        _show(frame, options.by or next(iter(along), "width"), options.figure)
+    else:
+        print(f"{len(frame)} rows in {options.store}; report one axis: minimoe report {options.store} --by {along[0]} --where ...")
+
+
+def _several(values) -> bool:
+    """Whether an axis has more than one value; widths that are not given have their usual three."""
+    return values is None or (isinstance(values, list) and len(values) > 1)
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ Granularity (`ARMS`). The published code differs from a muP purist's in five pla
 
     gates     raw softmax values of the active experts, or renormalised to sum to 1
     down      the down projections' init variance and LR: 1 / width, as their name has it, or 1 / their true fan_in
-    balance   the balance loss K times 0.01, which grows with the granularity, or what that is at granularity 1
+    balance   the balance loss K times 0.01, which grows with the granularity, or 2 times 0.01 at every granularity
     route     the scale of the routed sum: 1, sqrt(K) or K, relative to that at granularity 1 (a multiplier of `down`)
     router    the router's row of the table: SimpleP's, muP's, or SimpleP's with its LR over sqrt(G)
 
@@ -16,23 +16,27 @@ and muP with tokens that go round the experts in turn, whatever the router says.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pandas as pd
 
-from .parametrization import PARAMETRIZATIONS, Monomial, Parametrization, fan_in, granularity, width
+from .config import points
+from .parametrization import Monomial, Parametrization, fan_in, granularity, width
+from .tables import PARAMETRIZATIONS
 
 
 class Arm(NamedTuple):
-    """What an arm sets: its table, and fields of Config."""
+    """What an arm sets: its table, and fields of Config. A field may be a function of the size, such as
+    `lambda size: size.n_experts // 4`, where `size` has every other field of Config."""
 
     table: Parametrization
-    fields: dict
-    share: float | None = None  # top_k / n_experts, where that is held fixed
+    fields: dict[str, object]
 
-    def active(self, n_experts: int) -> int:
-        """top_k with this number of experts."""
-        return TOP_K if self.share is None else int(self.share * n_experts)
+    def at(self, **size) -> dict:
+        """The arm's fields at this size: n_experts=8, say; other fields of Config have their defaults."""
+        (point,) = points(size | self.fields)
+        return {name: point[name] for name in self.fields}
 
 
 ROUTES: dict[str, Monomial | float] = {"1": 1, "sqrt(K)": granularity**0.5, "K": granularity}
@@ -62,8 +66,13 @@ def arm(gates: str = "raw", down: str = "width", balance: str = "K", route: str 
     if router == ROUTERS[-1]:
         table = table.replace("router", name, lr=table["router"].lr / granularity**0.5)
     table = table.replace("experts_down", name, **cells)
-    weighed = {"balance_weight": 0.01, "balance_times_k": True} if balance == "K" else {"balance_weight": 0.01 * TOP_K}
-    return Arm(table, {"renormalize": gates == "renormalised", "balance_times_k": False, **weighed})
+    weight = _counted_k_times if balance == "K" else 0.01 * TOP_K
+    return Arm(table, {"top_k": TOP_K, "renormalize": gates == "renormalised", "balance_weight": weight})
+
+
+def _counted_k_times(size) -> float:
+    """The weight of a balance loss that counts each token once for each of its K active experts."""
+    return 0.01 * (size.top_k * size.granularity)
 
 
 ARMS: dict[str, Arm] = {
@@ -84,16 +93,25 @@ ARMS: dict[str, Arm] = {
 }
 
 
-def _expert_arm(name: str, gates: str, share: float | None, forced: bool = False) -> Arm:
-    return Arm(PARAMETRIZATIONS[name], {"renormalize": gates == "renormalised", "forced_balance": forced}, share)
+def _two(_size) -> int:
+    return TOP_K
+
+
+def _quarter(size) -> int:
+    return size.n_experts // 4
+
+
+def _expert_arm(name: str, gates: str, top_k: Callable, forced: bool = False) -> Arm:
+    fields = {"renormalize": gates == "renormalised", "forced_balance": forced, "top_k": top_k}
+    return Arm(PARAMETRIZATIONS[name], fields)
 
 
 EXPERT_ARMS: dict[str, Arm] = {
-    f"{name}, {gates}, k={active}": _expert_arm(name, gates, share)
+    f"{name}, {gates}, k={active}": _expert_arm(name, gates, top_k)
     for name in ("mup", "simplep")
     for gates in ("raw", "renormalised")
-    for active, share in (("2", None), ("E/4", 0.25))
-} | {"mup, raw, k=2, forced balance": _expert_arm("mup", "raw", None, forced=True)}
+    for active, top_k in (("2", _two), ("E/4", _quarter))
+} | {"mup, raw, k=2, forced balance": _expert_arm("mup", "raw", _two, forced=True)}
 
 
 def labelled(frame: pd.DataFrame, arms: dict[str, Arm] = ARMS) -> pd.DataFrame:
@@ -102,7 +120,6 @@ def labelled(frame: pd.DataFrame, arms: dict[str, Arm] = ARMS) -> pd.DataFrame:
     for name, arm in arms.items():
         mine = frame.parametrization == arm.table.name
         for field, value in arm.fields.items():
-            mine &= frame[field] == value
-        mine &= frame.top_k == frame.n_experts.map(arm.active)
+            mine &= frame[field] == ([value(size) for size in frame.itertuples()] if callable(value) else value)
         parts.append(frame[mine].assign(parametrization=name))
     return pd.concat(parts, ignore_index=True)

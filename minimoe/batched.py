@@ -10,47 +10,53 @@ anything back from the device. Runs of different parametrizations share a progra
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 
-from .grouped import BLOCK
-from .model import Config, MiniMoE
-from .parametrization import named_roles, numbers
-from .step import TrainOptions, losses, measured
+from .config import Config
+from .experts import BLOCK
+from .model import MiniMoE, Output
+from .optimizers import BatchedAdamW
+from .roles import moved_betas, named_roles, numbers
+from .step import TrainOptions, autocast, losses, measured
 
 
 class BatchedRuns:
     """R models of one shape, with an LR each, trained as one program. See `step.SingleRun` for the plain way."""
 
-    def __init__(self, models: Sequence[MiniMoE], lrs: Sequence[float], options: TrainOptions):
+    def __init__(self, models: Sequence[MiniMoE], lrs: Sequence[float], options: TrainOptions, steps: int = 1):
         self.options = options
         self.models = list(models)
         self.skeleton = models[0]
-        self.shapes = {name: param.shape for name, param in named_roles(self.skeleton)}
-        self.sizes = [shape.numel() for shape in self.shapes.values()]
+        shapes = {name: param.shape for name, param in named_roles(self.skeleton)}
         stacked, self.buffers = stack_module_state(self.models)
-        self.weights = torch.cat([stacked[name].detach().flatten(1) for name in self.shapes], dim=1)  # (R, P)
-        self.mean, self.square = torch.zeros_like(self.weights), torch.zeros_like(self.weights)  # Adam's
-        tables = [model.config.parametrization for model in models]
-        cells = [[numbers(p, table) for _, p in named_roles(m)] for m, table in zip(models, tables, strict=True)]
-        self.lr = self._columns([[lr * c.lr for c in run] for run, lr in zip(cells, lrs, strict=True)])
-        self.eps = self._columns([[options.eps * c.eps for c in run] for run in cells])
-        self.decay = self._columns([[options.weight_decay * c.weight_decay for c in run] for run in cells])
-        self.steps = 0
+        weights = torch.cat([stacked[name].detach().flatten(1) for name in shapes], dim=1)  # (R, P)
+        settings = [_settings(model, lr, options, steps) for model, lr in zip(models, lrs, strict=True)]
+        self.optimizer = BatchedAdamW(weights, shapes, settings)
+        self.roles = sorted(set(self.optimizer.roles))
 
-    def step(self, batch: Tensor, factor: float) -> Tensor:
-        """One step of every run on its own batch (R, B, T + 1), at `factor` of its LRs; their cross-entropies (R,) before it."""
+    @property
+    def weights(self) -> Tensor:
+        """(R, P)."""
+        return self.optimizer.weights
+
+    def step(self, batch: Tensor, factors: Mapping[str, float] | None = None) -> Tensor:
+        """One step of every run on its own batch (R, B, T + 1), each role's LRs times its factor; their cross-entropies (R,)
+        before it.
+
+        factors: role -> factor; None: 1 for every role.
+        """
         gradients = vmap(grad_and_value(self._losses, has_aux=True))
         with _quiet_fallback():
             gradient, (_, cross_entropy) = gradients(self.weights, self.buffers, batch)
         if self.options.clip is not None:
             norm = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
             gradient = gradient * (self.options.clip / (norm + 1e-6)).clamp(max=1.0)
-        self._adamw(gradient, factor)
+        self.optimizer.step(gradient, factors or dict.fromkeys(self.roles, 1.0))
         return cross_entropy
 
     @torch.no_grad()
@@ -64,38 +70,38 @@ class BatchedRuns:
         """The models that were given, with the weights that training has reached."""
         with torch.no_grad():
             for model, weights in zip(self.models, self.weights, strict=True):
-                for param, value in zip(model.parameters(), self._unflattened(weights).values(), strict=True):
+                for param, value in zip(model.parameters(), self.optimizer.views(weights).values(), strict=True):
                     param.copy_(value)
         return self.models
 
     def _losses(self, weights: Tensor, buffers: dict, batch: Tensor) -> tuple[Tensor, Tensor]:
         return losses(self._run(weights, buffers), self.skeleton.config, batch)
 
-    def _run(self, weights: Tensor, buffers: dict):
+    def _run(self, weights: Tensor, buffers: dict) -> Callable[[Tensor], Output]:
         """tokens -> Output, for one run's weights (P,)."""
-        state = (self._unflattened(weights), buffers)
-        return lambda tokens: functional_call(self.skeleton, state, (tokens,))
+        state = (self.optimizer.views(weights), buffers)
 
-    def _unflattened(self, weights: Tensor) -> dict[str, Tensor]:
-        parts = zip(self.shapes.items(), weights.split(self.sizes), strict=True)
-        return {name: part.view(shape) for (name, shape), part in parts}
+        def run(tokens: Tensor) -> Output:
+            with autocast(self.options.dtype, tokens.device):
+                return functional_call(self.skeleton, state, (tokens,))
 
-    def _columns(self, per_run: list[list[float]]) -> Tensor:
-        """(R, P): a number for each tensor of each run, repeated for each of its weights."""
-        table, repeats = torch.tensor(per_run, dtype=torch.float64), torch.tensor(self.sizes)
-        return table.repeat_interleave(repeats, dim=1, output_size=sum(self.sizes)).to(self.weights)
+        return run
 
-    @torch.no_grad()
-    def _adamw(self, gradient: Tensor, factor: float) -> None:
-        """AdamW (arXiv 1711.05101), as torch.optim.AdamW has it: its test."""
-        self.steps += 1
-        first, second = self.options.betas
-        if self.options.weight_decay:
-            self.weights.mul_(1 - factor * self.lr * self.decay)
-        self.mean.lerp_(gradient, 1 - first)
-        self.square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
-        scale = (self.square.sqrt() / (1 - second**self.steps) ** 0.5).add_(self.eps)
-        self.weights.addcdiv_(self.mean * self.lr, scale, value=-factor / (1 - first**self.steps))
+
+def _settings(model: MiniMoE, lr: float, options: TrainOptions, steps: int) -> list[dict]:
+    """For each of the model's tensors: role, lr, eps, weight_decay and betas."""
+    table, training = model.config.parametrization, options.ratios(steps)
+    evaluated = [(param.role.name, numbers(param, table, training)) for _, param in named_roles(model)]
+    return [
+        {
+            "role": role,
+            "lr": lr * n.lr,
+            "eps": options.eps * n.eps,
+            "weight_decay": options.weight_decay * n.weight_decay,
+            "betas": moved_betas(options.betas, n.one_minus_beta),
+        }
+        for role, n in evaluated
+    ]
 
 
 @contextmanager

@@ -39,13 +39,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .config import Config, whole
 from .corpus import Corpus, load_corpus
-from .grouped import activated
-from .model import Config, MiniMoE, declared, rms_norm
-from .parametrization import Numbers, Parametrization, numbers, width
-from .parametrization import parametrization as table_of
-from .step import SingleRun, TrainOptions, whole
+from .experts import activated
+from .identity import declared
+from .model import MiniMoE, rms_norm
+from .parametrization import Parametrization, width
+from .roles import AT_BASE, Numbers, numbers
+from .step import SingleRun, TrainOptions
 from .sweeps import grid
+from .tables import parametrization as table_of
 from .training import TextData, available_device, check_training, one_thread, windows
 
 PROBED = 512  # validation tokens
@@ -190,7 +193,7 @@ def _measured_run(
             batch = windows(data.train, order[step - 1], config.context)  # (1, B, T + 1)
             if routing == "frozen":
                 _route_by(model, observed(initial, batch[0, :, :-1]).experts)
-            engine.step(batch, 1.0)
+            engine.step(batch, dict.fromkeys(engine.roles, 1.0))
             if routing == "frozen":
                 _route_by(model, start.experts)
             add(step, _since(start, observed(model, probe[:, :-1]), loss_gradients(model, probe)))
@@ -421,7 +424,7 @@ def _two_sizes(config: Config, axis: str) -> tuple[Config, Config]:
 
 
 def _shapes_and_numbers(config: Config) -> dict[str, tuple[torch.Size, Numbers]]:
-    return {name: (param.shape, numbers(param, config.parametrization)) for name, param in declared(config).items()}
+    return {name: (param.shape, numbers(param, config.parametrization, AT_BASE)) for name, param in declared(config).items()}
 
 
 def _log_ratio(after: float, before: float) -> float:

@@ -21,6 +21,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
+import torch
 
 PRINTABLE = "\n" + "".join(map(chr, range(32, 127)))  # 96 symbols: pydocs' vocabulary on every Python
 VALIDATION_FRACTION = 0.1
@@ -243,3 +244,12 @@ def _download(url: str, size: int) -> bytes:
             f"or put the file at {cache_folder() / 'tinyshakespeare.txt'}"
         ) from error
     return bytes(received)
+
+
+def check_tokens(tokens: torch.Tensor, vocab_size: int) -> None:
+    """Raise ValueError unless `tokens` are int64 numbers in [0, vocab_size). For where data enters: it reads the values."""
+    if tokens.dtype != torch.int64:
+        raise ValueError(f"tokens must be int64, got {tokens.dtype}")
+    if tokens.numel() and not (0 <= int(tokens.min()) and int(tokens.max()) < vocab_size):
+        low, high = int(tokens.min()), int(tokens.max())
+        raise ValueError(f"tokens must lie in [0, {vocab_size}), got values from {low} to {high}")

@@ -12,16 +12,12 @@ from html import escape
 import pandas as pd
 from torch import nn
 
-from .model import Config, MiniMoE, declared
-from .parametrization import (
-    PARAMETRIZATIONS,
-    Parametrization,
-    RoleParameter,
-    Rule,
-    numbers,
-    parametrization,
-    require_distinct_names,
-)
+from .config import Config
+from .identity import declared
+from .model import MiniMoE
+from .parametrization import Parametrization, Rule, require_distinct_names
+from .roles import AT_BASE, RoleParameter, numbers
+from .tables import PARAMETRIZATIONS, parametrization
 
 KINDS = {  # of Tensor Programs V, Table 3: which axes grow with the width
     "input": "its fan_in is fixed, so no sum gets longer",
@@ -177,13 +173,13 @@ def _rows_of_config(config: Config, lr: float) -> pd.DataFrame:
     wider = declared(replace(config, width=2 * config.width))
     rows = []
     for name, param in declared(config).items():
-        cells, shape, wide = numbers(param, config.parametrization), tuple(param.shape), tuple(wider[name].shape)
+        cells, shape, wide = numbers(param, config.parametrization, AT_BASE), tuple(param.shape), tuple(wider[name].shape)
         found = kind(shape, wide, axes=[len(shape) - 2])
         grows = math.log2(wide[-2] / shape[-2])
         rows.append(
             {
                 "name": name,
-                "role": param.role.name,
+                "role": config.parametrization.row(param.role.name),
                 "kind": found,
                 "shape": shape,
                 "fan_in": shape[-2],

@@ -17,13 +17,13 @@ import ipywidgets as widgets
 import pandas as pd
 from matplotlib.figure import Figure
 
+from .config import Config
 from .coordinates import OUTSIDE, TENSORS, coordinate_check, diagnosis, exponents, predicted_exponents
 from .corpus import Corpus, load_corpus
 from .figures import exponents_chart, lr_curves, tensor_curves
-from .model import Config
-from .parametrization import CELLS, PARAMETRIZATIONS, Monomial, Parametrization, as_monomial, fan_in, parametrization, width
-from .routers import ROUTER_RULES
+from .parametrization import CELLS, Monomial, Parametrization, as_monomial, fan_in, width
 from .sweeps import sweep
+from .tables import PARAMETRIZATIONS, ROUTER_RULES, parametrization
 from .transfer import losses_at, regrets
 
 DPI = 90

@@ -6,15 +6,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
-from numbers import Integral, Real
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, fields
+from numbers import Real
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .model import Config, MiniMoE, Output
+from .config import Config, require, whole
+from .model import MiniMoE, Output
+from .optimizers import AdamW
+
+# Fields that TrainOptions has got since the first shipped runs, each with the value that changes nothing (see
+# `config.NEUTRAL`).
+NEUTRAL: dict[str, object] = {"dtype": "float32"}
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -22,7 +30,7 @@ class TrainOptions:
     """How to train, the same for every run of a sweep. Checked once, here; raises ValueError."""
 
     batch_size: int = 16  # sequences of `context` characters per step
-    betas: tuple[float, float] = (0.9, 0.95)  # AdamW's
+    betas: tuple[float, float] = (0.9, 0.95)  # AdamW's, before the table's factor on 1 - beta
     eps: float = 1e-8  # AdamW's, before the table's factor
     weight_decay: float = 0.0  # AdamW's, before the table's factor
     warmup: float = 0.1  # fraction of the steps in which the LR rises linearly
@@ -31,6 +39,9 @@ class TrainOptions:
     evals: int = 10  # records along the way, evenly spaced, the last one at the end
     eval_batches: int = 4  # fixed validation batches, evenly spaced over the validation text
     data_seed: int | None = None  # of the data order; None: the run's own seed
+    base_batch_size: int | None = None  # for cells that use the ratio `batch`; None: the batch size itself
+    base_steps: int | None = None  # for cells that use the ratio `duration`; None: the number of steps itself
+    dtype: str = "float32"  # of the matrix products; weights, optimizer and losses are in float32 under bfloat16, too
 
     def __post_init__(self):
         if isinstance(self.betas, Iterable):
@@ -39,6 +50,9 @@ class TrainOptions:
         self._require("betas", len(self.betas) == 2 and all(_number(b) and 0 <= b < 1 for b in self.betas), "two in [0, 1)")
         for name in ("batch_size", "evals", "eval_batches"):
             self._require(name, whole(getattr(self, name), 1), "a positive integer")
+        for name in ("base_batch_size", "base_steps"):
+            value = getattr(self, name)
+            self._require(name, value is None or whole(value, 1), "a positive integer or None")
         for name in ("eps", "weight_decay"):
             value = getattr(self, name)
             self._require(name, _number(value) and value >= 0, "a finite number, not negative")
@@ -47,21 +61,28 @@ class TrainOptions:
             self._require(name, _number(value) and 0 <= value <= 1, "a fraction from 0 to 1")
         self._require("clip", self.clip is None or (_number(self.clip) and self.clip > 0), "a positive number or None")
         self._require("data_seed", self.data_seed is None or whole(self.data_seed, 0), "an integer, 0 or more, or None")
+        self._require("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
         for f in fields(self):  # 1 and 1.0 are one run
             if f.type.startswith("float") and getattr(self, f.name) is not None:
                 object.__setattr__(self, f.name, float(getattr(self, f.name)))
 
     def _require(self, name: str, valid: bool, rule: str) -> None:
-        if not valid:
-            raise ValueError(f"{name}={getattr(self, name)!r}: must be {rule}")
+        require(valid, name, getattr(self, name), f"must be {rule}")
+
+    @property
+    def schedule(self) -> dict:
+        """The options that a run's numbers depend on directly: not those that act through the table's cells, nor the seed."""
+        left_out = ("eps", "weight_decay", "data_seed", "base_batch_size", "base_steps")
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
+
+    def ratios(self, steps: int) -> dict[str, float]:
+        """The ratios of the training that a cell may use, true over base: `batch` in sequences, `duration` in tokens."""
+        batch = self.batch_size / (self.base_batch_size or self.batch_size)
+        return {"batch": batch, "duration": batch * steps / (self.base_steps or steps)}
 
     def order_seed(self, seed: int) -> int:
         """The seed of the data order in a run with this seed."""
         return seed if self.data_seed is None else self.data_seed
-
-
-def whole(value, least: int) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
 
 
 def _number(value) -> bool:
@@ -77,11 +98,24 @@ def lr_factor(step: int, steps: int, options: TrainOptions) -> float:
     return options.final_lr + (1 - options.final_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
+def lr_factors(step: int, steps: int, options: TrainOptions, roles: Iterable[str]) -> dict[str, float]:
+    """role -> the factor on its LRs at this step. One schedule serves all roles: a schedule of each role's own goes here."""
+    return dict.fromkeys(roles, lr_factor(step, steps, options))
+
+
+def autocast(dtype: str, device: torch.device) -> AbstractContextManager:
+    """Inside, matrix products are in this dtype and everything else stays in float32."""
+    if dtype == "float32":
+        return nullcontext()
+    # no cache: a product uses multiplier * weight, which is another tensor in each step
+    return torch.autocast(device.type, getattr(torch, dtype), cache_enabled=False)
+
+
 def losses(run: Callable[[Tensor], Output], config: Config, batch: Tensor) -> tuple[Tensor, Tensor]:
     """(B, T + 1) -> (loss to train on, cross-entropy in nats), both (). `run` is a model: tokens -> Output."""
     out = run(batch[:, :-1])
     cross_entropy = F.cross_entropy(out.logits.flatten(0, 1), batch[:, 1:].flatten())
-    loss = cross_entropy + config.balance_coefficient * out.balance_loss
+    loss = cross_entropy + config.balance_weight * out.balance_loss
     if config.z_weight:
         loss = loss + config.z_weight * out.router_logits.logsumexp(-1).square().mean()
     return loss, cross_entropy
@@ -101,37 +135,39 @@ def measured(run: Callable[[Tensor], Output], batches: Sequence[Tensor]) -> tupl
 class SingleRun:
     """One run, the textbook way: `torch.optim.AdamW` over the model's parameter groups. R is 1 in the shapes.
 
-    It is what `batched.BatchedRuns` must equal, and on a CPU the faster of the two.
+    It is what `batched.BatchedRuns` must equal.
     """
 
-    def __init__(self, models: Sequence[MiniMoE], lrs: Sequence[float], options: TrainOptions):
+    def __init__(self, models: Sequence[MiniMoE], lrs: Sequence[float], options: TrainOptions, steps: int = 1):
         (self.model,), (lr,) = models, lrs
         self.options = options
-        merged: dict[tuple, dict] = {}  # roles with equal numbers: each group costs AdamW a tenth of a millisecond
-        for group in self.model.param_groups(lr, options.eps, options.weight_decay):
-            settings = {name: group[name] for name in ("lr", "eps", "weight_decay")}
-            merged.setdefault(tuple(settings.values()), {"params": [], **settings})["params"] += group["params"]
-        self.optimizer = torch.optim.AdamW(merged.values(), betas=options.betas, fused=True)
-        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
+        groups = self.model.param_groups(lr, options.eps, options.weight_decay, options.betas, options.ratios(steps))
+        self.optimizer = AdamW(groups)
+        self.roles = sorted({group["role"] for group in groups})
 
-    def step(self, batch: Tensor, factor: float) -> Tensor:
-        """One step on the batch (1, B, T + 1) at `factor` of the LRs; the cross-entropy (1,) before it."""
-        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * factor
-        loss, cross_entropy = losses(self.model, self.model.config, batch[0])
+    def step(self, batch: Tensor, factors: Mapping[str, float] | None = None) -> Tensor:
+        """One step on the batch (1, B, T + 1), each role's LRs times its factor; the cross-entropy (1,) before it.
+
+        factors: role -> factor; None: 1 for every role.
+        """
+        loss, cross_entropy = losses(self._run, self.model.config, batch[0])
         self.optimizer.zero_grad()
         loss.backward()
         if self.options.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip)
-        self.optimizer.step()
+        self.optimizer.step(factors or dict.fromkeys(self.roles, 1.0))
         return cross_entropy.detach()[None]
 
     @torch.no_grad()
     def measure(self, batches: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """`measured` on the validation batches, with a leading axis of 1."""
-        loss, load, square = measured(self.model, batches)
+        loss, load, square = measured(self._run, batches)
         return loss[None], load[None], square[None]
 
     def trained_models(self) -> list[MiniMoE]:
         """The model."""
         return [self.model]
+
+    def _run(self, tokens: Tensor) -> Output:
+        with autocast(self.options.dtype, tokens.device):
+            return self.model(tokens)

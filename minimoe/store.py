@@ -17,7 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from .model import config_from_dict, config_to_dict
+from .config import config_from_dict, config_to_dict
 
 FORMAT = 2  # raise it when a change of the code changes what a run's numbers are: older lines then count as other runs
 

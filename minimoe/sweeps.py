@@ -6,16 +6,13 @@ data, the schedule and the seed. Such a run is trained and stored once, and each
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
-from functools import lru_cache
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import joblib
@@ -24,46 +21,49 @@ import torch
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tqdm.auto import tqdm
 
+from .config import BASED, Config, config_from_dict, config_to_dict, whole
 from .corpus import Corpus, load_corpus
-from .model import BASED, Config, config_from_dict, config_to_dict, declared
-from .parametrization import (
-    PARAMETRIZATIONS,
-    Numbers,
-    Parametrization,
-    numbers,
-    parametrization,
-    require_distinct_names,
-)
-from .step import TrainOptions, whole
+from .grids import planned_runs
+from .identity import run_key
+from .parametrization import Parametrization, require_distinct_names
+from .step import NEUTRAL, TrainOptions
 from .store import FORMAT, RunStore, StoreError
-from .training import available_device, check_training, finished_runs, parts_of_one_shape
+from .tables import PARAMETRIZATIONS, parametrization
+from .training import Kind, available_device, check_training, finished_runs, parts_of_one_kind
 
 WAIT_FOR_WORKERS = 600  # seconds that a cluster has to bring up its first worker
 LRS = tuple(2.0**octave for octave in range(-9, -2))
 
 
 def sweep(
-    widths: Sequence[int] = (32, 64, 128),
+    widths: Sequence[int] | None = None,
     parametrizations: Sequence[str | Parametrization] = ("sp", "simplep", "mup"),
     lrs: Sequence[float] = LRS,
     seeds: Sequence[int] = (0,),
-    steps: int = 200,
+    steps: int | Sequence[int] | None = None,
     corpus: str | os.PathLike | Corpus = "pydocs",
     *,
     options: TrainOptions = TrainOptions(),  # noqa: B008 (frozen)
     store: str | os.PathLike | None = None,
     n_jobs: int | None = None,
     device: str | torch.device | None = None,
+    at_once: int | None = None,
     deterministic: bool = False,
     backend: str = "loky",
     address: str | None = None,
     progress: bool = True,
-    **config_fields,
+    path: Mapping[str, Sequence] | None = None,
+    **axes,
 ) -> pd.DataFrame:
-    """Train the grid widths x parametrizations x lrs x seeds; one row per cell, in that order.
+    """Train the grid parametrizations x widths x axes x lrs x seeds; one row per cell, in that order.
 
-    config_fields: any other field of Config (`depth=3, n_experts=6`). store: path of a JSON-lines file to which each
-    finished run is appended at once, and whose runs are not trained again. deterministic: see `train`.
+    widths: by default 32, 64 and 128. steps: one number or several, by default 200. axes: any other field of Config, or of
+    TrainOptions (batch_size, say), with one value or several: `depth=(2, 8, 32), n_experts=6`; or with a function of the
+    size: `top_k=lambda size: size.n_experts // 4`. path: sizes that grow together, `{"width": (32, 64), "n_experts": (4, 8)}`;
+    see `config.points`.
+
+    store: path of a JSON-lines file to which each finished run is appended at once, and whose runs are not trained again.
+    at_once, deterministic: see `train`.
 
     Where: on a GPU (the default device, when there is one), in this process, as many runs of one shape at once as its
     memory holds. On a CPU, in n_jobs processes (default: one per core) of one thread, each with one run. With
@@ -84,13 +84,14 @@ def sweep(
         raise ValueError(f"address={address!r}: goes with backend='dask'")
     corpus = load_corpus(corpus)
     device = torch.device(device or "cpu") if backend == "dask" else available_device(device)
-    configs = grid(widths, parametrizations, lrs, seeds, corpus.vocab_size, config_fields)
-    steps = check_training(configs, corpus, steps)
-    cells = [_cell(config, lr, steps, options, corpus) for config, lr in configs]
+    axes = {"width": widths, **axes, "steps": steps}
+    planned = planned_runs(parametrizations, lrs, seeds, corpus, options, {name: v for name, v in axes.items() if v is not None}, path)
+    configs = [(run.config, run.lr) for run in planned]
+    cells = [_cell(*run, corpus) for run in planned]
     store = None if store is None else RunStore(store)
     runs, missing = _divided(cells, configs, store)
     n_jobs = min(n_jobs or joblib.cpu_count(), len(missing)) if device.type == "cpu" else 1
-    jobs = ((part, corpus, device, deterministic) for part in _parts(missing, options, device, backend, store))
+    jobs = ((part, corpus, device, deterministic) for part in _parts(missing, device, at_once, backend, store))
     try:
         if store is not None:
             _append_labels(cells, runs, store)
@@ -141,56 +142,8 @@ def read_sweep(path: str | os.PathLike) -> pd.DataFrame:
     return pd.DataFrame([_row(cell, config, runs[cell["key"]]) for cell, config in rows])
 
 
-def grid(widths, parametrizations, lrs, seeds, vocab_size: int, config_fields: dict) -> list[tuple[Config, float]]:
-    """(config, lr) for every cell. Raises ValueError for an empty axis or two tables under one name, TypeError for a
-    field that Config does not have."""
-    if isinstance(parametrizations, str | Parametrization):
-        parametrizations = (parametrizations,)
-    axes = {"widths": widths, "parametrizations": parametrizations, "lrs": lrs, "seeds": seeds}
-    axes = {name: [*dict.fromkeys(v)] if isinstance(v, Iterable) else [v] for name, v in axes.items()}
-    for name, values in axes.items():
-        if not values:
-            raise ValueError(f"{name} is empty: give at least one value")
-    own = {"parametrization": "parametrizations", "width": "widths", "seed": "seeds", "vocab_size": "corpus"}
-    known = [f.name for f in fields(Config) if f.name not in own]
-    for name in config_fields:
-        if name not in known:
-            advice = f"give {own[name]} instead" if name in own else f"Config has {', '.join(known)}"
-            raise TypeError(f"unknown field {name!r}: {advice}")
-    tables = [*dict.fromkeys(parametrization(table) for table in axes["parametrizations"])]
-    require_distinct_names(tables)
-    return [
-        (Config(table, width, vocab_size=vocab_size, seed=seed, **config_fields), float(lr))
-        for table in tables
-        for width in axes["widths"]
-        for lr in axes["lrs"]
-        for seed in axes["seeds"]
-    ]
-
-
-@lru_cache(maxsize=4096)
-def tensor_numbers(config: Config) -> dict[str, Numbers]:
-    """name -> evaluated numbers, for each of the model's tensors."""
-    return {name: numbers(param, config.parametrization) for name, param in declared(config).items()}
-
-
-def run_key(config: Config, lr: float, steps: int, options: TrainOptions, corpus_digest: str) -> str:
-    """The identity of a run: a digest of everything that its numbers depend on, and of nothing else."""
-    evaluated = {
-        name: (n.std, n.multiplier, lr * n.lr, options.eps * n.eps, options.weight_decay * n.weight_decay)
-        for name, n in tensor_numbers(replace(config, seed=0)).items()
-    }
-    schedule = {name: value for name, value in asdict(options).items() if name not in ("eps", "weight_decay", "data_seed")}
-    identity = {
-        "format": FORMAT,
-        "shape": config.shape,
-        "numbers": evaluated,
-        "seeds": [config.seed, options.order_seed(config.seed)],
-        "steps": steps,
-        "schedule": schedule,
-        "corpus": corpus_digest,
-    }
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+def grid(widths, parametrizations, lrs, seeds, vocab_size: int, config_fields: dict, path=None):
+    raise NotImplementedError("use grids.planned_runs")
 
 
 def _cell(config: Config, lr: float, steps: int, options: TrainOptions, corpus: Corpus) -> dict:
@@ -266,7 +219,7 @@ class _WorkerDied(Exception):
     """A process that trained was ended from outside."""
 
 
-def _parts(missing: list[dict], options: TrainOptions, device, backend: str, store: RunStore | None) -> Iterator[list[dict]]:
+def _parts(missing: list[dict], device, at_once: int | None, backend: str, store: RunStore | None) -> Iterator[list[dict]]:
     """The cells of each batched program, the longest first; a run that another sweep has put into the store by the time
     it is asked for is left out.
 
@@ -276,11 +229,11 @@ def _parts(missing: list[dict], options: TrainOptions, device, backend: str, sto
     def turn(cell: dict) -> tuple:
         return -_cost(cell), hash((os.getpid(), cell["key"]))
 
-    def config(cell: dict) -> Config:
-        return config_from_dict(cell["config"])
+    def kind(cell: dict) -> Kind:
+        return Kind(config_from_dict(cell["config"]), TrainOptions(**cell["options"]), cell["steps"])
 
     cells = sorted(missing, key=turn)
-    parts = parts_of_one_shape(cells, config, options, device, at_once=1 if backend == "dask" else None)
+    parts = parts_of_one_kind(cells, kind, device, 1 if backend == "dask" else at_once)
     for part in parts:
         known = {} if store is None else store.load()[0]
         if wanted := [cell for cell in part if cell["key"] not in known]:
@@ -361,7 +314,7 @@ def _row(cell: dict, config: Config, run: dict) -> dict:
 
     labels = {f.name: getattr(config, f.name) for f in fields(config)} | {"parametrization": config.parametrization.name}
     labels |= {f"base_{name}": config.base_size(name) for name in BASED}
-    options = cell["options"] | {"betas": tuple(cell["options"]["betas"])}
+    options = NEUTRAL | cell["options"] | {"betas": tuple(cell["options"]["betas"])}
     history = [
         record
         | {name: number(record[name], math.inf) for name in ("train_loss", "val_loss")}

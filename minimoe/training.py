@@ -1,6 +1,6 @@
 """Training: configs, learning rates, seeds -> loss histories.
 
-One run is the textbook loop (`SingleRun`); several may be one program (`batched.BatchedRuns`). A run's numbers depend
+One run is the textbook loop (`step.SingleRun`); several may be one program (`batched.BatchedRuns`). A run's numbers depend
 on the config, the seed, the corpus and the options alone: initial weights and data order have a generator each, and a CPU
 run uses one thread (the order of a sum, and so its rounding, depends on the number of threads).
 """
@@ -12,9 +12,10 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,9 +23,10 @@ from torch import Tensor
 
 from . import __version__
 from .batched import BatchedRuns, memory_per_run
+from .config import Config, config_from_dict, require, whole
 from .corpus import Corpus, load_corpus
-from .model import Config, MiniMoE, config_from_dict
-from .step import SingleRun, TrainOptions, lr_factor, whole
+from .model import MiniMoE
+from .step import SingleRun, TrainOptions, lr_factors
 
 
 @dataclass
@@ -65,8 +67,9 @@ def train(
 
     at_once: how many runs of one shape are trained as one batched program. By default one on a CPU, where that is
     fastest, and on a GPU as many as its memory holds. On a CPU a run's numbers are the same, bit for bit, each time and in
-    any company; batched (at_once above 1) they agree with that to rounding. On a GPU, deterministic=True makes a program's
-    numbers repeat (torch.use_deterministic_algorithms), at some cost in time.
+    any company; batched (at_once above 1) they agree with that to rounding. On a GPU a program of one run is the plain
+    loop. There deterministic=True makes a program's numbers repeat (torch.use_deterministic_algorithms), at some cost in
+    time.
 
     Raises ValueError for lists of different lengths, an LR that is not positive and finite, steps below 1, a device that
     is not there, or a corpus that has more symbols than a config's vocabulary or is too short.
@@ -74,15 +77,39 @@ def train(
     corpus, device = load_corpus(corpus), available_device(device)
     specs = _broadcast(configs, lrs, seeds)
     steps = check_training(specs, corpus, steps)
-    if at_once is not None and not whole(at_once, 1):
-        raise ValueError(f"at_once={at_once!r}: must be a positive integer or None")
     data, runs = TextData(corpus, device), {}
-    plain = device.type == "cpu" and (at_once or 1) == 1
+
+    def trained_part(part: list[int]) -> list[Run]:
+        return _train([specs[i] for i in part], data, steps, options, engine(len(part), device, at_once))
+
     with one_thread(), _deterministic(deterministic):
-        for part in parts_of_one_shape(list(enumerate(specs)), lambda item: item[1][0], options, device, at_once):
-            for numbered, trained in _as_memory_allows(part, lambda p: _train([s for _, s in p], data, steps, options, plain)):
-                runs |= {i: run for (i, _), run in zip(numbered, trained, strict=True)}
+        for part in parts_of_one_kind(range(len(specs)), lambda i: Kind(specs[i][0], options, steps), device, at_once):
+            for indices, trained in _as_memory_allows(part, trained_part):
+                runs |= dict(zip(indices, trained, strict=True))
     return [runs[i] for i in range(len(specs))]
+
+
+def engine(runs: int, device: torch.device, at_once: int | None = None) -> type[SingleRun] | type[BatchedRuns]:
+    """What trains a program of so many runs: one run is the plain loop.
+
+    On a CPU a program of one run is batched where the caller asked for several at once: a run's numbers then do not depend
+    on its company.
+    """
+    plain = runs == 1 and (device.type != "cpu" or at_once in (None, 1))
+    return SingleRun if plain else BatchedRuns
+
+
+class Kind(NamedTuple):
+    """What runs of one program share: the config's shape, the options and the number of steps."""
+
+    config: Config
+    options: TrainOptions
+    steps: int
+
+    @property
+    def key(self) -> tuple:
+        """Equal for two kinds that can be one program."""
+        return (*self.config.shape.items(), self.options, self.steps)
 
 
 def planned_size(config: Config, options: TrainOptions, device: torch.device) -> int:
@@ -94,19 +121,22 @@ def planned_size(config: Config, options: TrainOptions, device: torch.device) ->
     return max(1, int(0.8 * free / memory_per_run(config, options)))
 
 
-def parts_of_one_shape(
-    items: list, config_of: Callable, options: TrainOptions, device: torch.device, at_once: int | None = None
+def parts_of_one_kind(
+    items: Iterable, kind_of: Callable[[Any], Kind], device: torch.device, at_once: int | None = None
 ) -> list[list]:
-    """The items as batched programs: of one shape each (all but table, base shape and seed), of the planned size at most.
+    """The items as batched programs, each of one kind and of `at_once` runs at most, by default the planned size.
 
-    Where a GPU's memory makes several programs of one shape, that is said in a warning.
+    The runs of a program may differ in table, base shape and seed. Warns where a GPU's memory makes several programs of one
+    kind. Raises ValueError for a bad at_once.
     """
-    groups: dict[tuple, list] = {}
+    require(at_once is None or whole(at_once, 1), "at_once", at_once, "must be a positive integer or None")
+    groups: dict[tuple, tuple[Kind, list]] = {}
     for item in items:
-        groups.setdefault(tuple(config_of(item).shape.items()), []).append(item)
+        kind = kind_of(item)
+        groups.setdefault(kind.key, (kind, []))[1].append(item)
     parts = []
-    for group in groups.values():
-        size = at_once or planned_size(config_of(group[0]), options, device)
+    for kind, group in groups.values():
+        size = at_once or planned_size(kind.config, kind.options, device)
         if device.type != "cpu" and not at_once and len(group) > size:
             warnings.warn(f"{len(group)} runs of one shape, {size} at once: so many fit in the GPU's memory", stacklevel=3)
         parts += [group[i : i + size] for i in range(0, len(group), size)]
@@ -114,7 +144,7 @@ def parts_of_one_shape(
 
 
 def _as_memory_allows(runs: list, train_part: Callable[[list], list[Run]]) -> Iterator[tuple[list, list[Run]]]:
-    """(part, its runs): all of them at once or, where memory runs out, by halves, and that is said."""
+    """Train the runs at once; where memory runs out, warn and go on with half as many. Yields (part, its trained runs)."""
     waiting = [runs]
     while waiting:
         part, trained = waiting.pop(0), None
@@ -171,14 +201,11 @@ def _broadcast(configs, lrs, seeds) -> list[tuple[Config, float]]:
 
 def check_training(specs: Sequence[tuple[Config, float]], corpus: Corpus, steps: int) -> int:
     """The number of steps as an int; ValueError for what could not be trained: (config, lr) pairs, corpus or steps."""
-    if not whole(steps, 1):
-        raise ValueError(f"steps={steps!r}: must be a positive integer")
+    require(whole(steps, 1), "steps", steps, "must be a positive integer")
+    rule = f"corpus {corpus.name!r} has {corpus.vocab_size} symbols; set vocab_size to at least that"
     for config, lr in specs:
-        if not (math.isfinite(lr) and lr > 0):
-            raise ValueError(f"lr={lr!r}: must be positive and finite")
-        if corpus.vocab_size > config.vocab_size:
-            held = f"corpus {corpus.name!r} has {corpus.vocab_size} symbols"
-            raise ValueError(f"vocab_size={config.vocab_size}: {held}; set vocab_size to at least that")
+        require(math.isfinite(lr) and lr > 0, "lr", lr, "must be positive and finite")
+        require(corpus.vocab_size <= config.vocab_size, "vocab_size", config.vocab_size, rule)
         corpus.require_context(config.context)
     return int(steps)
 
@@ -245,12 +272,12 @@ def record(step: int, train_loss: float, val_loss: float, load: Tensor, square: 
     }
 
 
-def _train(specs: list[tuple[Config, float]], data: TextData, steps: int, options: TrainOptions, plain: bool) -> list[Run]:
-    """The runs of one shape: as one batched program, or, for a single one, the plain way."""
+def _train(specs: list[tuple[Config, float]], data: TextData, steps: int, options: TrainOptions, kind: type) -> list[Run]:
+    """The runs of one shape, trained as one program. kind: SingleRun or BatchedRuns."""
     start = time.perf_counter()
     config = specs[0][0]
     models = [MiniMoE(config).to(data.device) for config, _ in specs]
-    engine = (SingleRun if plain else BatchedRuns)(models, [lr for _, lr in specs], options)
+    program = kind(models, [lr for _, lr in specs], options, steps)
     order = data.order([options.order_seed(config.seed) for config, _ in specs], steps, options.batch_size, config.context)
     validation = data.validation(options.eval_batches, options.batch_size, config.context)
     histories: list[list[dict]] = [[] for _ in specs]
@@ -260,9 +287,9 @@ def _train(specs: list[tuple[Config, float]], data: TextData, steps: int, option
         since = len(trace)
         for step in range(since, stop):
             batch = windows(data.train, order[step], config.context)  # (R, B, T + 1)
-            trace.append(engine.step(batch, lr_factor(step, steps, options)))
+            trace.append(program.step(batch, lr_factors(step, steps, options, program.roles)))
         train_losses = torch.stack(trace[since:]).mean(0).tolist()
-        val_losses, loads, squares = engine.measure(validation)
+        val_losses, loads, squares = program.measure(validation)
         for i, val_loss in enumerate(val_losses.tolist()):
             if alive[i]:
                 row = record(stop, _finite(train_losses[i]), _finite(val_loss), loads[i], squares[i])
@@ -272,7 +299,7 @@ def _train(specs: list[tuple[Config, float]], data: TextData, steps: int, option
             break  # they never come back
     tails = torch.stack(trace[-math.ceil(steps / 10) :]).mean(0).tolist()
     seconds = (time.perf_counter() - start) / len(specs)
-    results = zip(specs, engine.trained_models(), histories, tails, alive, strict=True)
+    results = zip(specs, program.trained_models(), histories, tails, alive, strict=True)
     return [
         Run(
             config=config,
@@ -298,7 +325,8 @@ def _finite(loss: float) -> float:
 
 
 def finished_runs(cells: list[dict], corpus: Corpus, device: torch.device, deterministic: bool = False) -> list[dict]:
-    """Train cells of a sweep: their labels in, the same with the runs' results out, as the store keeps them."""
+    """Train cells of a sweep, all of one kind: their labels in, the same with the runs' results out, as the store keeps
+    them."""
     options, steps = TrainOptions(**cells[0]["options"]), cells[0]["steps"]
     configs = [config_from_dict(cell["config"]) for cell in cells]
     lrs, seeds = [cell["lr"] for cell in cells], [config.seed for config in configs]

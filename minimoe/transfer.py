@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 
-from .model import Config
+from .config import Config
 from .step import TrainOptions
 
 # What the points of one curve must share

@@ -5,13 +5,14 @@ import pytest
 from minimoe import Config, TrainOptions
 from minimoe.arms import ARMS, EXPERT_ARMS, arm, labelled
 from minimoe.coordinates import predicted_exponents
-from minimoe.sweeps import run_key, sweep, tensor_numbers
+from minimoe.identity import run_key, tensor_numbers
+from minimoe.sweeps import sweep
 
 SIZES = {"width": 64, "base_width": 16, "base_granularity": 1}
 
 
 def config(name, granularity=1, **sizes):
-    return Config(ARMS[name].table, granularity=granularity, **ARMS[name].fields, **SIZES | sizes)
+    return Config(ARMS[name].table, granularity=granularity, **ARMS[name].at(granularity=granularity), **SIZES | sizes)
 
 
 def key(name, granularity=1):
@@ -20,7 +21,7 @@ def key(name, granularity=1):
 
 def test_at_granularity_1_arms_differ_in_gates_and_router_alone():
     runs = {}
-    for name, (table, fields, _) in ARMS.items():
+    for name, (table, fields) in ARMS.items():
         runs.setdefault((fields["renormalize"], table.name.startswith("mup")), set()).add(key(name))
     assert len(runs) == 4
     assert [len(keys) for keys in runs.values()] == [1] * 4
@@ -53,8 +54,8 @@ def test_down_cells_by_hand():
 
 
 def test_the_balance_loss_of_the_authors_grows_with_granularity():
-    assert [config("authors", g).balance_coefficient for g in (1, 4, 16)] == pytest.approx([0.02, 0.08, 0.32])
-    assert [config("balance 1", g).balance_coefficient for g in (1, 4, 16)] == [0.02] * 3
+    assert [config("authors", g).balance_weight for g in (1, 4, 16)] == pytest.approx([0.02, 0.08, 0.32])
+    assert [config("balance 1", g).balance_weight for g in (1, 4, 16)] == [0.02] * 3
 
 
 def test_predicted_exponents_in_granularity_by_hand():
@@ -77,18 +78,17 @@ def test_predicted_exponents_in_granularity_by_hand():
 
 def test_rows_find_their_arms(corpus):
     arms = {name: ARMS[name] for name in ("authors", "balance 1", "down by fan_in")}
-    frames = {
-        name: sweep((32,), (a.table,), (2**-5,), (0,), 2, corpus, n_jobs=1, progress=False, context=16, **a.fields)
-        for name, a in arms.items()
-    }
+    small = {"n_jobs": 1, "progress": False, "context": 16, "granularity": (1, 4), "base_granularity": 1}
+    frames = {name: sweep((32,), a.table, 2**-5, 0, 2, corpus, **small, **a.fields) for name, a in arms.items()}
     for name, frame in frames.items():
-        assert labelled(frame, arms).parametrization.tolist() == [name]
+        assert labelled(frame[frame.granularity == 4], arms).parametrization.tolist() == [name]
+    assert labelled(frames["balance 1"][:1], arms).parametrization.tolist() == ["authors", "balance 1"]  # one run at 1
     assert labelled(frames["authors"].assign(top_k=1), arms).empty  # not an arm's
 
 
 def test_expert_arms_hold_k_or_its_share():
-    assert [EXPERT_ARMS["mup, raw, k=2"].active(n) for n in (2, 8, 32)] == [2, 2, 2]
-    assert [EXPERT_ARMS["mup, raw, k=E/4"].active(n) for n in (4, 8, 32)] == [1, 2, 8]
+    assert [EXPERT_ARMS["mup, raw, k=2"].at(n_experts=n)["top_k"] for n in (2, 8, 32)] == [2, 2, 2]
+    assert [EXPERT_ARMS["mup, raw, k=E/4"].at(n_experts=n)["top_k"] for n in (4, 8, 32)] == [1, 2, 8]
     assert len(EXPERT_ARMS) == 9
 
 

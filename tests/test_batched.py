@@ -3,6 +3,7 @@
 import math
 import warnings
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,11 +11,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minimoe import Config, MiniMoE, TrainOptions, grouped, train, training
+from minimoe import Config, MiniMoE, TrainOptions, experts, train, training
 from minimoe import model as model_module
 from minimoe.batched import BatchedRuns, memory_per_run
 from minimoe.step import SingleRun, losses
-from minimoe.training import parts_of_one_shape, planned_size, windows
+from minimoe.training import Kind, engine, parts_of_one_kind, planned_size, windows
 
 FIELDS = {"width": 64, "context": 16, "n_experts": 4}
 OPTIONS = TrainOptions(batch_size=4, eval_batches=2)
@@ -33,10 +34,15 @@ SHAPES = [{}, {"granularity": 4, "renormalize": True}, {"activation": "swiglu"},
 
 @pytest.fixture
 def blocks(monkeypatch):
-    """A CPU that takes the GPU's path."""
-    monkeypatch.setattr(grouped, "_forward_in_turn", grouped._forward_in_blocks)
-    monkeypatch.setattr(grouped, "_backward_in_turn", grouped._backward_in_blocks)
-    monkeypatch.setattr(model_module, "attention", grouped._Attention.apply)
+    """A CPU that takes the GPU's path of many runs."""
+    monkeypatch.setattr(experts, "_by_turns", lambda *_: False)
+    monkeypatch.setattr(model_module, "attention", experts._Attention.apply)
+
+
+@pytest.fixture
+def grouped(monkeypatch):
+    """A CPU that takes the GPU's path of one run."""
+    monkeypatch.setattr(experts, "_path", lambda *_: experts._grouped)
 
 
 def tokens(runs, seed=0):
@@ -64,35 +70,10 @@ def test_ten_steps_equal_each_run_alone_with_torchs_own_adamw(decay):
     for step in range(10):
         batch = tokens(4, seed=step)
         factor = (step + 1) / 10
-        together = batched.step(batch, factor)
-        apart = torch.cat([run.step(batch[i : i + 1], factor) for i, run in enumerate(alone)])
+        factors = dict.fromkeys(batched.roles, factor)
+        together = batched.step(batch, factors)
+        apart = torch.cat([run.step(batch[i : i + 1], factors) for i, run in enumerate(alone)])
         torch.testing.assert_close(together, apart, rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("decay", [0.0, 0.3])
-def test_the_batched_update_is_torchs_adamw_to_rounding(decay):
-    """The same gradients into both, in float64, so that only the update is compared."""
-    options = TrainOptions(weight_decay=decay)
-    models = [MiniMoE(config).double() for config in configs()]
-    batched = BatchedRuns(models, LRS, options)
-    optimizers = [
-        torch.optim.AdamW(m.param_groups(lr, 1e-8, decay), betas=options.betas) for m, lr in zip(models, LRS, strict=True)
-    ]
-    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    draw = torch.Generator().manual_seed(0)
-    for step in range(12):
-        factor = 0.1 + step / 12
-        gradient = torch.randn(batched.weights.shape, generator=draw, dtype=torch.float64) * 10.0 ** (step % 3 - 9)
-        batched._adamw(gradient, factor)
-        for i, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
-            for param, part in zip(model.parameters(), gradient[i].split(batched.sizes), strict=True):
-                param.grad = part.view_as(param)
-            for group, peak in zip(optimizer.param_groups, peaks[i], strict=True):
-                group["lr"] = peak * factor
-            optimizer.step()
-    for i, model in enumerate(models):
-        expected = torch.cat([p.detach().flatten() for p in model.parameters()])
-        torch.testing.assert_close(batched.weights[i], expected, rtol=1e-12, atol=1e-14)
 
 
 def test_whole_runs_agree_and_keep_their_own_histories(corpus):
@@ -153,7 +134,7 @@ def test_a_step_reads_nothing_back_from_the_device(fields, blocks):
         models = [MiniMoE(config) for config in configs(**fields)]
         batched = BatchedRuns(models, LRS, TrainOptions(weight_decay=0.1, clip=1.0))
         batch = windows(torch.zeros(1000, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.int64), 16)
-        cross_entropy = batched.step(batch, 0.5)
+        cross_entropy = batched.step(batch, dict.fromkeys(batched.roles, 0.5))
         loss, load, square = batched.measure([batch[0], batch[1]])
     assert cross_entropy.shape == loss.shape == (4,)
     assert load.shape == (4, 2, models[0].config.experts)
@@ -164,7 +145,7 @@ def test_the_cpus_path_would_be_caught():
     with FakeTensorMode():
         single = SingleRun([MiniMoE(Config(**FIELDS))], [0.01], OPTIONS)
         with pytest.raises(DataDependentOutputException):  # the sizes of the groups, which a CPU may well look at
-            single.step(torch.zeros(1, 4, 17, dtype=torch.int64), 1.0)
+            single.step(torch.zeros(1, 4, 17, dtype=torch.int64))
 
 
 def test_where_memory_runs_out_the_part_is_halved_and_that_is_said(corpus, monkeypatch):
@@ -232,7 +213,7 @@ def test_the_estimate_of_a_runs_memory_is_from_above_and_not_wild(fields, blocks
     with PeakMemory() as memory, FakeTensorMode():
         batched = BatchedRuns([MiniMoE(config) for _ in range(runs)], [0.01] * runs, options)
         for _ in range(2):
-            batched.step(torch.zeros(runs, options.batch_size, 65, dtype=torch.int64), 1.0)
+            batched.step(torch.zeros(runs, options.batch_size, 65, dtype=torch.int64))
     assert 1.0 <= memory_per_run(config, options) / (memory.peak / runs) <= 3.0
 
 
@@ -246,8 +227,77 @@ def test_the_planner_fills_a_gpu_and_says_where_it_splits(monkeypatch):
     assert planned_size(Config(width=4096), TrainOptions(), gpu) == 1
     configs = [Config(name, 128) for name in ("sp", "mup") for _ in range(5)] + [Config("sp", 64)]
     with pytest.warns(UserWarning, match="10 runs of one shape, 8 at once"):
-        parts = parts_of_one_shape(configs, lambda config: config, TrainOptions(), gpu)
+        parts = parts_of_one_kind(configs, lambda config: Kind(config, TrainOptions(), 1), gpu)
     assert [len(part) for part in parts] == [8, 2, 1]
+
+
+def test_runs_of_other_options_or_lengths_are_other_programs():
+    """A program has one schedule and one batch size; it may have several tables, base shapes and seeds."""
+    config = Config(**FIELDS)
+    kinds = [
+        Kind(config, OPTIONS, 10), Kind(Config("sp", seed=4, base_width=16, **FIELDS), OPTIONS, 10), Kind(config, OPTIONS, 20),
+        Kind(config, replace(OPTIONS, batch_size=8), 10), Kind(config, replace(OPTIONS, dtype="bfloat16"), 10),
+        Kind(replace(config, width=32), OPTIONS, 10), Kind(config, replace(OPTIONS), 10),
+    ]  # fmt: skip
+    parts = parts_of_one_kind(range(7), lambda i: kinds[i], torch.device("cpu"), at_once=9)
+    assert parts == [[0, 1, 6], [2], [3], [4], [5]]
+
+
+def test_one_run_on_a_gpu_is_the_plain_loop():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [engine(runs, gpu, 3) for runs in (1, 2, 3)] == [SingleRun, BatchedRuns, BatchedRuns]
+    assert engine(1, gpu) is engine(1, gpu, 1) is engine(1, cpu) is engine(1, cpu, 1) is SingleRun
+    assert engine(1, cpu, 3) is BatchedRuns
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_runs_in_bfloat16_learn_as_those_in_float32(corpus, at_once):
+    """Weights stay in float32, and so do the optimizer's state and the loss."""
+    exact, rounded = (
+        train(configs(), LRS, [0, 0, 3, 1], corpus, 40, replace(OPTIONS, dtype=dtype), at_once=at_once)
+        for dtype in ("float32", "bfloat16")
+    )
+    for one, other in zip(exact, rounded, strict=True):
+        assert other.history != one.history
+        assert other.history[0]["train_loss"] == pytest.approx(one.history[0]["train_loss"], abs=0.01)
+        assert other.val_loss == pytest.approx(one.val_loss, abs=0.1)
+        assert other.val_loss < other.history[0]["val_loss"] - 0.3
+        assert {p.dtype for p in other.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_bfloat16_leaves_weights_state_and_losses_in_float32(monkeypatch):
+    options, seen = replace(OPTIONS, dtype="bfloat16"), []
+    original = experts._path
+    monkeypatch.setattr(experts, "_path", lambda *operands: seen.extend(t.dtype for t in operands) or original(*operands))
+    single, batched = (kind([MiniMoE(Config(**FIELDS))], [0.01], options) for kind in (SingleRun, BatchedRuns))
+    assert single.step(tokens(1)).dtype == batched.step(tokens(1)).dtype == torch.float32
+    assert set(seen) == {torch.bfloat16}
+    state = [value for entry in single.optimizer.torchs.state.values() for value in entry.values()]
+    own = [batched.weights, batched.optimizer.mean, batched.optimizer.square]
+    assert {tensor.dtype for tensor in [*single.model.parameters(), *state, *own]} == {torch.float32}
+
+
+def test_one_run_on_a_gpu_reads_nothing_back_in_bfloat16(grouped):
+    """The step's arithmetic. torch's fused AdamW, whose tensors are on the GPU, needs real ones."""
+    with FakeTensorMode():
+        single = SingleRun([MiniMoE(Config(**FIELDS))], [0.01], replace(OPTIONS, dtype="bfloat16"))
+        loss, _ = losses(single._run, single.model.config, torch.zeros(4, 17, dtype=torch.int64))
+        loss.backward()
+        measured = single.measure([torch.zeros(4, 17, dtype=torch.int64)])
+    assert [value.shape for value in measured] == [(1,), (1, 2, 4), (1, 2)]
+    assert all(p.grad.shape == p.shape for p in single.model.parameters())
+
+
+@pytest.mark.parametrize("fields", SHAPES)
+def test_one_run_on_a_gpus_path_is_the_one_on_a_cpus(fields, monkeypatch):
+    config, steps = Config(**FIELDS | fields), []
+    for path in (experts._path, lambda *_: experts._grouped):
+        monkeypatch.setattr(experts, "_path", path)
+        run = SingleRun([MiniMoE(config)], [2**-6], OPTIONS)
+        steps.append(torch.cat([run.step(tokens(1, seed=step)) for step in range(10)]))
+    torch.testing.assert_close(*steps, rtol=0, atol=1e-4)
 
 
 def test_deterministic_is_asked_of_torch_and_taken_back(corpus, monkeypatch):

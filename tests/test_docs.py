@@ -23,11 +23,11 @@ def table_links():
 
 
 def test_every_cell_of_the_readmes_tables_links_to_its_line():
-    code = (ROOT / "minimoe" / "parametrization.py").read_text().splitlines()
+    code = (ROOT / "minimoe" / "tables.py").read_text().splitlines()
     links = list(table_links())
     assert len(links) == 3 * 3 * 4
     for table, cell, role, link in links:
-        value, number = re.fullmatch(r"\[(.+)\]\(minimoe/parametrization\.py#L(\d+)\)", link).groups()
+        value, number = re.fullmatch(r"\[(.+)\]\(minimoe/tables\.py#L(\d+)\)", link).groups()
         line = code[int(number) - 1]
         assert re.search(rf"\b{role}=Rule\(.*\b{cell}={re.escape(value)}[,)]", line), (table, role, cell)
         above = [name for text in code[: int(number)] for name in re.findall(r'^\s+"(sp|simplep|mup)",$', text)]

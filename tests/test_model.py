@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minimoe import PARAMETRIZATIONS, Config, MiniMoE, Parametrization, Rule, check_tokens, explain, fan_in
 from minimoe.model import MoE, mixture_by_mask, rms_norm
-from minimoe.parametrization import initialise, ratio
+from minimoe.parametrization import ratio
+from minimoe.roles import initialise
 from minimoe.step import losses
 
 
@@ -165,7 +166,7 @@ def test_gates_are_raw_or_renormalised():
 def test_a_dense_model_is_one_expert_and_has_no_router():
     model = MiniMoE(Config(width=32, n_experts=1, top_k=1))
     assert {p.role.name for p in model.parameters()} == {
-        "embedding", "unembedding", "attention", "experts_up", "experts_down"
+        "embedding", "unembedding", "attention", "attention_out", "experts_up", "experts_down"
     }  # fmt: skip
     moe = model.blocks[0].moe
     x = torch.randn(5, 32)

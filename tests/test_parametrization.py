@@ -17,6 +17,7 @@ from minimoe import (
     MiniMoE,
     Parametrization,
     Rule,
+    batch,
     fan_in,
     initialise,
     param_groups,
@@ -24,7 +25,7 @@ from minimoe import (
     shift,
     width,
 )
-from minimoe.parametrization import named_roles
+from minimoe.roles import named_roles
 
 # arXiv 2508.09752, table of parametrizations, at 4 times the base width: (init std / base std, multiplier, Adam LR).
 # The init std is the root of the tabled variance: 1/fan_in is 1/4, so half the std.
@@ -76,12 +77,13 @@ def test_every_tensor_at_four_times_the_base_width_is_as_the_paper_tables_it(nam
     seen = set()
     for path, param in model.named_parameters():
         leaf = path.rpartition(".")[2]
-        std, multiplier, lr = PAPER_AT_4X[name][param.role.name]
+        row = PARAMETRIZATIONS[name].row(param.role.name)
+        std, multiplier, lr = PAPER_AT_4X[name][row]
         expected = BASE_STD[leaf] * std
         assert param.std().item() == pytest.approx(expected, rel=5 / math.sqrt(2 * param.numel())), path  # 5 sigma
         assert buffers[f"{path}_multiplier"].item() == multiplier, path
         assert lrs[id(param)] == pytest.approx(0.01 * lr, rel=1e-12), path
-        seen.add(param.role.name)
+        seen.add(row)
     assert seen == set(PAPER_AT_4X[name])
 
 
@@ -263,7 +265,7 @@ def test_a_role_or_ratio_that_is_missing_is_an_error():
 
 @pytest.mark.parametrize("lr", [0.0, -1.0, math.nan, math.inf])
 def test_a_bad_lr_is_refused(lr):
-    with pytest.raises(ValueError, match="lr must be positive and finite"):
+    with pytest.raises(ValueError, match=r"lr=.*: must be positive and finite"):
         param_groups(ForeignMLP(64, 64), MINE, lr)
 
 
@@ -330,3 +332,93 @@ def test_shift_is_undone_by_its_inverse():
         shift("mup", "router", 0)
     with pytest.raises(KeyError, match="no role 'gate'"):
         shift("mup", "gate", 2)
+
+
+def test_a_finer_role_takes_its_familys_row_until_it_has_its_own():
+    table = PARAMETRIZATIONS["mup"]
+    assert table["attention_out"] == table["attention"]
+    assert table.row("attention_out") == "attention"
+    assert table.row("shared_down") == "experts_down"
+    assert table["gain"] == table["bias"] == table["embedding"]
+    own = table.replace("attention_out", lr=2)
+    assert own.name == "mup[attention_out.lr=2]"
+    assert own.row("attention_out") == "attention_out"
+    assert own["attention_out"] == Rule(init_var=1 / fan_in, lr=2)
+    assert own["attention"] == table["attention"]
+    lrs = {group["role"]: group["lr"] for group in MiniMoE(Config(own, width=64)).param_groups(0.1)}
+    assert lrs["attention_out"] == pytest.approx(0.2)
+    assert lrs["attention"] == pytest.approx(0.05)
+    columns = str(own).splitlines()[1].split()
+    assert columns == ["embedding", "unembedding", "attention", "attention_out", "experts", "router"]
+    assert str(table.replace("attention_out", "again", lr=1 / fan_in)).splitlines()[1:] == str(table).splitlines()[1:]
+
+
+def test_two_spellings_of_a_table_are_one():
+    table = PARAMETRIZATIONS["mup"]
+    finely = Parametrization("mup", dict(table.rules) | {"attention_out": table["attention"]})
+    assert finely.same_rules(table)
+    assert Config(finely).parametrization is finely  # no borrowed name
+    assert not table.same_rules(PARAMETRIZATIONS["sp"])
+
+
+def test_edits_are_data_and_a_name_with_brackets_is_a_name():
+    odd = PARAMETRIZATIONS["mup"].replace("router", "a[b]", lr=2)
+    assert odd.replace("router", lr=3).name == "a[b][router.lr=3]"
+    assert odd.replace("router", lr=3).replace("router", lr=4).name == "a[b][router.lr=4]"
+    read = Parametrization.from_dict(odd.replace("router", lr=3).to_dict())
+    assert read.replace("router", eps=2).name == "a[b][router.lr=3][router.eps=2]"
+
+
+def test_a_further_cell_is_printed_where_it_is_not_1():
+    assert "one_minus_beta" not in str(PARAMETRIZATIONS["mup"])
+    assert str(PARAMETRIZATIONS["mup"].replace("router", one_minus_beta=width)).splitlines()[-1].split()[-1] == "width"
+
+
+def test_an_older_table_reads_with_ones_in_the_cells_that_it_lacks():
+    data = PARAMETRIZATIONS["mup"].to_dict()
+    for cells in data["rules"].values():
+        del cells["one_minus_beta"]
+    assert Parametrization.from_dict(data) == PARAMETRIZATIONS["mup"]
+
+
+class Layouts(nn.Module):
+    """Parameters of other layouts than (fan_in, fan_out)."""
+
+    def __init__(self, n, base):
+        super().__init__()
+        self.gain = parameter("gain", (n,), base_shape=(base,), base_std=0.0, start=1.0)
+        self.bias = parameter("bias", (n,), base_shape=(base,), base_std=0.0)
+        self.heads = parameter("attention_out", (n // 8, 8, n), base_shape=(base // 8, 8, base), fan_in_axes=(0, 1))
+        self.turned = parameter("attention", (3, n), base_shape=(3, base), fan_in_axes=(-1,))  # (fan_out, fan_in)
+
+
+def test_a_role_knows_its_axes_and_how_it_starts():
+    module = initialise(Layouts(256, 64), "mup")
+    assert torch.equal(module.gain, torch.ones(256))
+    assert torch.equal(module.bias, torch.zeros(256))
+    assert module.heads.role.ratios["fan_in"] == module.turned.role.ratios["fan_in"] == 4
+    assert module.heads.std().item() == pytest.approx(256**-0.5, rel=0.02)
+    assert module.turned.std().item() == pytest.approx(256**-0.5, rel=0.1)
+    lrs = {group["role"]: group["lr"] for group in param_groups(module, "mup", lr=1)}
+    assert lrs == {"gain": 1, "bias": 1, "attention_out": 0.25, "attention": 0.25}
+    with pytest.raises(ValueError, match=r"fan_in_axes=\(2,\), but a parameter of shape \(4, 4\) has 2 axes"):
+        parameter("attention", (4, 4), fan_in_axes=(2,))
+
+
+def test_a_row_can_move_adams_betas():
+    module, table = Layouts(64, 64), PARAMETRIZATIONS["mup"].replace("bias", one_minus_beta=2)
+    groups = {group["role"]: group for group in param_groups(module, table, lr=1, betas=(0.9, 0.95))}
+    assert groups["bias"]["betas"] == pytest.approx((0.8, 0.9))
+    assert groups["gain"]["betas"] == (0.9, 0.95)
+    with pytest.raises(ValueError, match=r"bias: its row changes Adam's betas: give those of the base"):
+        param_groups(module, table, lr=1)
+    with pytest.raises(ValueError, match=r"makes a beta of -0\.8"):
+        param_groups(module, table, lr=1, betas=(0.1, 0.95))
+
+
+def test_a_cell_of_the_training_needs_its_ratio():
+    module, table = Layouts(64, 64), PARAMETRIZATIONS["mup"].replace("bias", lr=batch**-0.5)
+    with pytest.raises(KeyError, match="needs the ratio 'batch'"):
+        param_groups(module, table, lr=1)
+    groups = {group["role"]: group for group in param_groups(module, table, lr=1, training={"batch": 4, "duration": 1})}
+    assert groups["bias"]["lr"] == 0.5

@@ -116,19 +116,6 @@ def test_auxiliary_losses_reach_the_gradient_and_not_the_report(corpus):
     assert not torch.allclose(router[0], router[2])
 
 
-def test_the_balance_loss_can_count_each_token_k_times(corpus):
-    from minimoe.step import losses
-
-    batch = torch.from_numpy(corpus.encode(corpus.decode(corpus.train[:17])))[None]
-    auxiliary = {}
-    for times_k in (False, True):
-        model = MiniMoE(Config(width=32, context=16, granularity=4, balance_weight=0.5, balance_times_k=times_k))
-        loss, cross_entropy = losses(model, model.config, batch)
-        auxiliary[times_k] = loss.item() - cross_entropy.item()
-    assert auxiliary[True] == pytest.approx(8 * auxiliary[False], rel=1e-4)
-    assert auxiliary[False] > 0.4
-
-
 @pytest.mark.parametrize("lr", [0.0, -0.1, math.nan, math.inf])
 def test_bad_lrs_are_refused(corpus, lr):
     with pytest.raises(ValueError, match="must be positive and finite"):

@@ -47,7 +47,12 @@ def drift_table(frame: pd.DataFrame, by: str) -> str:
 def three_seeds(frame: pd.DataFrame, by: str) -> pd.DataFrame:
     """The arms that were trained with three seeds on half octaves, at more than the size that all arms share."""
     frame = frame[frame.groupby(["parametrization", by]).seed.transform("nunique") >= 3]
-    return frame[frame.groupby("parametrization")[by].transform("nunique") > 1]
+    return compared(frame, by)
+
+
+def compared(frame: pd.DataFrame, by: str) -> pd.DataFrame:
+    """The rows of those arms that were trained at several sizes, at one width and length."""
+    return frame[frame.groupby(["parametrization", "width", "steps"])[by].transform("nunique") > 1]
 
 
 def screened(frame: pd.DataFrame, by: str, sizes: tuple) -> pd.DataFrame:
@@ -62,7 +67,7 @@ def tables() -> dict[str, str]:
     joint = count[(count.parametrization == "mup, raw, k=2") & (count.steps == 200) & count.n_experts.isin([2, 8, 32])]
     joint = joint.sort_values("width", kind="stable").assign(parametrization=lambda rows: rows.width.map("width {}".format))
     count = dict(iter(count[count.width == 64].groupby("steps")))
-    fine = labelled(read_sweep(SWEEPS / "granularity.jsonl"), ARMS)
+    fine = compared(labelled(read_sweep(SWEEPS / "granularity.jsonl"), ARMS), "granularity")
     wide = fine[fine.width == 128]
     fine = dict(iter(fine[fine.width == 64].groupby("steps")))
     experts = {

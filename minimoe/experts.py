@@ -6,28 +6,97 @@ one expert (the up projection has 2M columns for swiglu).
 *R runs of E experts are R*E experts*: the vmap rules here fold the run axis into the token and expert axes, so that a
 model written for one run trains many at once under `torch.func.vmap`.
 
-On a CPU the experts take turns, each one's rows, hidden values and gradients staying in the cache: between the products
-there is no pass over memory. On a GPU rows are padded to blocks that belong to one expert each, so that every shape is known
-in advance and nothing has to be read back from the device.
+There are three paths, and `expert_mixture` chooses:
+
+in turn    On a CPU the experts take turns. Each one's rows, hidden values and gradients stay in the cache: between the
+           products there is no pass over memory.
+grouped    One run on a GPU, and whatever torch.compile compiles: torch's grouped matrix product, in plain autograd.
+in blocks  Many runs on a GPU, under vmap, for which torch's grouped product has no rule. Rows are padded to blocks that
+           belong to one expert each, so that every shape is known in advance and nothing is read back from the device.
+
+Under `torch.autocast` the matrix products are in its dtype. Gates, sums over experts and the result stay in float32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
+from .products import can_be_grouped, grouped_product
+
 BLOCK = 32  # rows of a block on a GPU
+
+
+def slot_counts(experts: Tensor, number: int) -> Tensor:
+    """(N, K) expert numbers -> (E,) how many of the N*K slots each of the `number` experts serves. Integers: exact in any
+    precision of the model."""
+    slots = experts.flatten()
+    return slots.new_zeros(number).scatter_add(0, slots, torch.ones_like(slots))
+
+
+def sorted_mixture(moe, x: Tensor, gates: Tensor, experts: Tensor) -> Tensor:
+    """`model.mixture_by_mask`, where each expert computes its own tokens only: the S slots are sorted, expert by expert.
+
+    moe: its weights, multipliers and config; x (N, D); gates and experts (N, K) -> (N, D).
+    """
+    counts = slot_counts(experts, moe.config.experts)
+    order = experts.flatten().argsort(stable=True)  # (S,)
+    gate = (moe.down_multiplier * gates).flatten().index_select(0, order)  # (S,); a multiplier is cheapest here
+    token = order // experts.shape[1]  # (S,)
+    return expert_mixture(moe.up_multiplier * x, token, gate, counts, moe.up, moe.down, moe.config.activation)
 
 
 def expert_mixture(x: Tensor, token: Tensor, gate: Tensor, counts: Tensor, up: Tensor, down: Tensor, activation: str) -> Tensor:
     """Row t of the result is the sum, over the slots i with token[i] == t, of gate[i] * expert(x[t]).
 
     x (N, D), token (S,) and gate (S,) sorted by expert, counts (E,) of slots per expert that sum to S, up (E, D, M),
-    down (E, M, D), activation relu, gelu or swiglu -> (N, D). Differentiable once, in x, gate, up and down.
+    down (E, M, D), activation relu, gelu or swiglu -> (N, D), of the gate's dtype. Differentiable once, in x, gate, up and
+    down.
     """
-    return _Mixture.apply(x, token, gate, counts, up, down, activation)[0]
+    if torch.is_autocast_enabled(x.device.type):
+        x, up, down = (tensor.to(torch.get_autocast_dtype(x.device.type)) for tensor in (x, up, down))
+    return _path(x, up, down)(x, token, gate, counts, up, down, activation)
+
+
+def _path(x: Tensor, up: Tensor, down: Tensor) -> Callable:
+    """The function that computes the mixture: see the top of this file."""
+    if not is_compiling() and (x.device.type == "cpu" or _under_vmap()):
+        return _in_turn_or_blocks
+    return _grouped if can_be_grouped(x, up, down) else _in_blocks
+
+
+def _under_vmap() -> bool:
+    """Whether a transform of torch.func is active. (torch's own `Function.apply` asks the same.)"""
+    return torch._C._are_functorch_transforms_active()
+
+
+def _grouped(x, token, gate, counts, up, down, activation):
+    """The mixture in torch's own differentiable functions."""
+    ends = counts.cumsum(0).to(torch.int32)
+    pre = grouped_product(x.index_select(0, token), up, ends)  # (S, M)
+    gated = activated(activation, pre) * gate[:, None]
+    rows = grouped_product(gated.to(down.dtype), down, ends)  # (S, D)
+    return _summed(rows, token, gate, x)
+
+
+def _in_blocks(x, token, gate, counts, up, down, activation):
+    """The mixture in padded blocks, in plain autograd: for sizes that the grouped product refuses."""
+    return _forward_in_blocks(x, token, gate, counts, up, down, activation)[0]
+
+
+def _in_turn_or_blocks(*arguments):
+    """The mixture with a backward pass of its own and rules for vmap."""
+    return _Mixture.apply(*arguments)[0]
+
+
+def _summed(rows: Tensor, token: Tensor, gate: Tensor, like: Tensor) -> Tensor:
+    """(S, D) rows -> (N, D), of the gate's dtype: each token's sum."""
+    return gate.new_zeros(like.shape).index_add(0, token, rows.to(gate.dtype))
 
 
 def activated(activation: str, pre: Tensor) -> Tensor:
@@ -48,12 +117,17 @@ def activation_gradient(activation: str, grad: Tensor, pre: Tensor) -> Tensor:
     return torch.ops.aten.gelu_backward(grad, pre)
 
 
+def _by_turns(x: Tensor, gate: Tensor) -> bool:
+    """Whether the experts take turns: on a CPU, in one precision."""
+    return x.device.type == "cpu" and x.dtype == gate.dtype
+
+
 class _Mixture(Function):
     """Returns (out, pre-activations): the second is kept for the backward pass."""
 
     @staticmethod
     def forward(x, token, gate, counts, up, down, activation):
-        path = _forward_in_turn if x.device.type == "cpu" else _forward_in_blocks
+        path = _forward_in_turn if _by_turns(x, gate) else _forward_in_blocks
         return path(x, token, gate, counts, up, down, activation)
 
     @staticmethod
@@ -79,7 +153,7 @@ class _MixtureGradient(Function):
 
     @staticmethod
     def forward(grad, x, token, gate, counts, up, down, pre, activation):
-        path = _backward_in_turn if x.device.type == "cpu" else _backward_in_blocks
+        path = _backward_in_turn if _by_turns(x, gate) else _backward_in_blocks
         return path(grad, x, token, gate, counts, up, down, pre, activation)
 
     @staticmethod
@@ -101,7 +175,7 @@ class _MixtureGradient(Function):
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """(B, H, T, C) each -> (B, H, T, C): causal attention, softmax(scale * q k^T + mask) v, by torch's own kernels."""
-    if q.device.type == "cpu":
+    if is_compiling() or q.device.type == "cpu" or not _under_vmap():
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     return _Attention.apply(q, k, v, scale)
 
@@ -181,8 +255,8 @@ def _backward_in_turn(grad, x, token, gate, counts, up, down, pre, activation):
 def _blocks(counts: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     """(place (S,) of each slot among the padded rows, expert (blocks,) of each block), all shapes known in advance.
 
-    Each expert's rows fill whole blocks but for its last; S // BLOCK + E blocks are always enough. The blocks that are
-    left over hold zeros, and stand in the last expert's name.
+    Each expert's rows fill whole blocks, the last of them perhaps in part. S // BLOCK + E blocks are always enough. Blocks
+    that nobody needs hold zeros; they are given to the last expert, whose sums they leave as they are.
     """
     blocks = (counts + BLOCK - 1) // BLOCK  # (E,)
     ends, slot_ends = blocks.cumsum(0), counts.cumsum(0)
@@ -198,30 +272,30 @@ def _padded(rows: Tensor, place: Tensor, expert: Tensor) -> Tensor:
     return rows.new_zeros(len(expert) * BLOCK, rows.shape[1]).index_copy(0, place, rows).unflatten(0, (-1, BLOCK))
 
 
-def _per_expert(blocks: Tensor, expert: Tensor, like: Tensor) -> Tensor:
-    """(blocks, C, C') -> (E, C, C'): the sum over each expert's blocks."""
-    return torch.zeros_like(like).index_add_(0, expert, blocks)
+def _per_expert(blocks: Tensor, expert: Tensor, gate: Tensor, like: Tensor) -> Tensor:
+    """(blocks, C, C') -> (E, C, C'): the sum over each expert's blocks, in the gate's precision."""
+    return gate.new_zeros(like.shape).index_add_(0, expert, blocks.to(gate.dtype)).to(like.dtype)
 
 
 def _forward_in_blocks(x, token, gate, counts, up, down, activation):
     place, expert = _blocks(counts, len(token))
     pre = _padded(x.index_select(0, token), place, expert) @ up.index_select(0, expert)  # (blocks, BLOCK, M)
     gated = activated(activation, pre) * _padded(gate[:, None], place, expert)
-    rows = (gated @ down.index_select(0, expert)).flatten(0, 1).index_select(0, place)  # (S, D)
-    return torch.zeros_like(x).index_add_(0, token, rows), pre.flatten(0, 1).index_select(0, place)
+    rows = (gated.to(down.dtype) @ down.index_select(0, expert)).flatten(0, 1).index_select(0, place)  # (S, D)
+    return _summed(rows, token, gate, x), pre.flatten(0, 1).index_select(0, place)
 
 
 def _backward_in_blocks(grad, x, token, gate, counts, up, down, pre, activation):
     place, expert = _blocks(counts, len(token))
     g, p = _padded(gate[:, None], place, expert), _padded(pre, place, expert)
-    d_y = _padded(grad.index_select(0, token), place, expert)
+    d_y = _padded(grad.index_select(0, token).to(down.dtype), place, expert)
     h, d_h = activated(activation, p), d_y @ down.index_select(0, expert).mT
-    d_gate = torch.linalg.vecdot(d_h, h).flatten().index_select(0, place)
-    d_down = _per_expert((h * g).mT @ d_y, expert, down)
-    d_p = activation_gradient(activation, d_h * g, p)
-    d_up = _per_expert(_padded(x.index_select(0, token), place, expert).mT @ d_p, expert, up)
+    d_gate = torch.linalg.vecdot(d_h.to(gate.dtype), h.to(gate.dtype)).flatten().index_select(0, place)
+    d_down = _per_expert((h * g).to(down.dtype).mT @ d_y, expert, gate, down)
+    d_p = activation_gradient(activation, (d_h * g).to(p.dtype), p)
+    d_up = _per_expert(_padded(x.index_select(0, token), place, expert).mT @ d_p, expert, gate, up)
     d_rows = (d_p @ up.index_select(0, expert).mT).flatten(0, 1).index_select(0, place)
-    return torch.zeros_like(x).index_add_(0, token, d_rows), d_gate, d_up, d_down
+    return _summed(d_rows, token, gate, x).to(x.dtype), d_gate, d_up, d_down
 
 
 def _batched(info, in_dims, *tensors: Tensor) -> list[Tensor]:

@@ -1,0 +1,218 @@
+"""A model's shape, rules and seed; what makes two of them the same; and the points of a grid of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from itertools import product
+from numbers import Integral, Real
+from types import SimpleNamespace
+
+from .parametrization import TRAINING, Parametrization
+from .tables import parametrization
+
+ACTIVATIONS = ("relu", "gelu", "swiglu")
+ROLES = ("embedding", "unembedding", "attention", "attention_out", "experts_up", "experts_down", "router")  # of the model
+BASED = ("width", "depth", "n_experts", "top_k", "granularity")  # sizes that have a base value
+
+# Fields that Config has got since the first shipped runs (store format 2), each with the value that changes nothing. A
+# field counts in a run's identity only where it differs from that value: a new feature never makes an old run another one.
+NEUTRAL: dict[str, object] = {}
+
+
+@dataclass(frozen=True)
+class Config:
+    """A model's shape, rules and seed; nothing about training.
+
+    Checked once, here: a ValueError or TypeError names the field, its value and what would be valid.
+    """
+
+    parametrization: str | Parametrization = "mup"  # a name in PARAMETRIZATIONS, or a table of your own
+    width: int = 64  # D, size of the residual stream
+    depth: int = 2  # L, number of blocks
+    head_size: int = 16  # C, fixed while the width grows, so that heads = width / head_size
+    n_experts: int = 8  # experts per block at granularity 1; 1 is a dense model
+    top_k: int = 2  # experts that serve one token at granularity 1
+    granularity: int = 1  # G: n_experts * G experts, top_k * G active, hidden size / G (arXiv 2402.07871)
+    expert_ratio: int = 2  # expert hidden size over width, at granularity 1
+    activation: str = "relu"  # relu, gelu, or swiglu (a third matrix, stored beside the up projection)
+    renormalize: bool = False  # gates of the active experts sum to 1 (Mixtral), or stay as the softmax left them
+    forced_balance: bool = False  # debugging and teaching: tokens go round the experts in turn, gates stay the router's
+    balance_weight: float = 0.01  # weight of the balance loss, which is 1 at perfect balance for every E, K, G
+    z_weight: float = 0.0  # weight of the router z-loss, mean logsumexp(router logits)^2 (arXiv 2202.08906)
+    vocab_size: int = 96  # V: newline and printable ASCII, the pydocs corpus
+    context: int = 64  # longest sequence
+    seed: int = 0  # of the initial weights
+    base_width: int = 32  # the base shape, where all parametrizations are the same run
+    base_depth: int | None = None  # None: the config's own value
+    base_n_experts: int | None = None  # likewise
+    base_top_k: int | None = None  # likewise
+    base_granularity: int | None = None  # likewise
+
+    def __post_init__(self):
+        object.__setattr__(self, "parametrization", parametrization(self.parametrization))
+        for f in fields(self):
+            object.__setattr__(self, f.name, typed(f.name, f.type, getattr(self, f.name)))
+        _check(self)
+
+    @property
+    def experts(self) -> int:  # E
+        return self.n_experts * self.granularity
+
+    @property
+    def active_experts(self) -> int:  # K
+        return self.top_k * self.granularity
+
+    @property
+    def expert_width(self) -> int:  # M
+        return self.expert_ratio * self.width // self.granularity
+
+    @property
+    def shape(self) -> dict:
+        """Every field that shapes the computation: all but the table, the base sizes and the seed. Configs of one shape
+        can be trained as one program."""
+        left_out = ("parametrization", "seed", *(f"base_{name}" for name in BASED))
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
+
+    @property
+    def base(self) -> Config:
+        """The config at the base shape, where every ratio is 1."""
+        return replace(self, **{name: self.base_size(name) for name in BASED})
+
+    def base_size(self, name: str) -> int:
+        """The base shape's width, depth, n_experts, top_k or granularity."""
+        size = getattr(self, f"base_{name}")
+        return getattr(self, name) if size is None else size
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """True over base, for the named ratios that a cell may use (`fan_in` is each tensor's own)."""
+        base = self.base
+        return {name: getattr(self, name) / getattr(base, name) for name in (*BASED, "expert_width")}
+
+
+def differing(values: Mapping[str, object], neutral: Mapping[str, object]) -> dict:
+    """The values without those that are neutral: what counts in a run's identity."""
+    return {name: value for name, value in values.items() if name not in neutral or value != neutral[name]}
+
+
+def typed(name: str, kind: str, value):
+    """The value as the field's own type, numpy's numbers included. Raises TypeError."""
+    if kind == "bool" and not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r}: must be True or False")
+    if kind.startswith("int") and value is not None:
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{name}={value!r}: must be an integer")
+        return int(value)
+    if kind == "float":
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name}={value!r}: must be a number")
+        return float(value)
+    return value
+
+
+def require(valid: bool, name: str, value, rule: str) -> None:
+    """Raise ValueError, naming a field, its value and what would be valid, unless it is."""
+    if not valid:
+        raise ValueError(f"{name}={value!r}: {rule}")
+
+
+def whole(value, least: int) -> bool:
+    """Whether the value is an integer, numpy's included, and at least so large."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+
+
+def _check(c: Config) -> None:
+    for f in fields(c):
+        value = getattr(c, f.name)
+        if f.name == "seed":
+            require(0 <= value < 2**63, f.name, value, "must be an integer from 0 to 2^63 - 1")
+        elif f.type.startswith("int"):
+            require(value is None or value >= 1, f.name, value, "must be a positive integer")
+        elif f.type == "float":
+            require(math.isfinite(value) and value >= 0, f.name, value, "must be finite and not negative")
+    require(c.activation in ACTIVATIONS, "activation", c.activation, f"must be one of {', '.join(ACTIVATIONS)}")
+    for base, size in (("", lambda name: getattr(c, name)), ("base_", c.base_size)):  # the base is a model too
+        hidden = c.expert_ratio * size("width")
+        wide, finer = size("width"), size("granularity")
+        require(wide % c.head_size == 0, f"{base}width", wide, f"must be a multiple of head_size={c.head_size}")
+        most = f"must be at most {base}n_experts={size('n_experts')}"
+        require(size("top_k") <= size("n_experts"), f"{base}top_k", size("top_k"), most)
+        rule = f"must divide the experts' hidden size, expert_ratio * {base}width = {hidden}"
+        require(hidden % finer == 0, f"{base}granularity", finer, rule)
+        learns = not c.renormalize or size("top_k") * finer > 1 or size("n_experts") == 1
+        rule = f"with {base}top_k * {base}granularity = 1 the gate is always 1: no task gradient would reach the router"
+        require(learns, "renormalize", c.renormalize, rule)
+    _check_table(c.parametrization)
+
+
+def _check_table(table: Parametrization) -> None:
+    missing = [role for role in ROLES if role not in table]
+    if missing:
+        raise ValueError(f"parametrization {table.name!r} has no rule for {', '.join(missing)}")
+    known = {"fan_in", "expert_width", *BASED, *TRAINING}
+    unknown = {name for role in ROLES for name in table[role].ratios} - known
+    if unknown:
+        raise ValueError(f"parametrization {table.name!r} uses the unknown ratio {', '.join(sorted(unknown))}")
+
+
+def config_to_dict(config: Config) -> dict:
+    """The config as plain JSON, its table by value."""
+    plain = {f.name: getattr(config, f.name) for f in fields(config)}
+    return {**plain, "parametrization": config.parametrization.to_dict()}
+
+
+def config_from_dict(data: dict) -> Config:
+    """The config that `config_to_dict` wrote, in this version or an older one.
+
+    A field that the data lack had its neutral value when they were written, whatever its default is today.
+    """
+    return _checked_config(json.dumps(data))
+
+
+@lru_cache(maxsize=4096)  # a sweep's rows share their configs, and checking one takes longer than reading its row
+def _checked_config(text: str) -> Config:
+    data = NEUTRAL | json.loads(text)
+    if data.pop("balance_times_k", False):  # until version 0.2: a balance loss that counted each token K times
+        data["balance_weight"] *= data["top_k"] * data["granularity"]
+    return Config(**{**data, "parametrization": Parametrization.from_dict(data["parametrization"])})
+
+
+Axis = object  # one value, several (an iterable that is no text), or a function of the sizes that gives one
+
+
+def points(axes: Mapping[str, Axis], path: Mapping[str, Iterable] | None = None) -> list[dict]:
+    """Every combination of the axes' values, the last axis fastest: name -> value for each point.
+
+    An axis is one value, several, or a function of the point's sizes, as in `top_k=lambda size: size.n_experts // 4`;
+    the function sees all other fields of Config. path: sizes that grow together, name -> values of equal number:
+    `{"width": (32, 64), "n_experts": (4, 8)}` gives two points, and not four.
+    Raises ValueError for an axis without values, a path of unequal lengths, or a name in both.
+    """
+    functions = {name: value for name, value in axes.items() if callable(value)}
+    listed = {name: several(name, value) for name, value in axes.items() if name not in functions}
+    together = {name: _listed(name, value) for name, value in (path or {}).items()}
+    if both := sorted(set(together) & set(axes)):
+        raise ValueError(f"{', '.join(both)}: give it on the path or by itself, not both")
+    if len({len(values) for values in together.values()}) > 1:
+        counts = ", ".join(f"{len(values)} of {name}" for name, values in together.items())
+        raise ValueError(f"the sizes of a path grow together, so each needs as many values as the others: got {counts}")
+    steps = [dict(zip(together, values, strict=True)) for values in zip(*together.values(), strict=True)] if together else [{}]
+    found = [step | dict(zip(listed, values, strict=True)) for step in steps for values in product(*listed.values())]
+    defaults = {f.name: f.default for f in fields(Config)}
+    return [point | {name: f(SimpleNamespace(**defaults | point)) for name, f in functions.items()} for point in found]
+
+
+def several(name: str, values: Axis) -> list:
+    """The distinct values of an axis, in order: of one value, a list of it. Raises ValueError if there are none."""
+    return [*dict.fromkeys(_listed(name, values))]
+
+
+def _listed(name: str, values: Axis) -> list:
+    listed = list(values) if isinstance(values, Iterable) and not isinstance(values, str) else [values]
+    if not listed:
+        raise ValueError(f"{name} is empty: give at least one value")
+    return listed
