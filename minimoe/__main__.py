@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import inspect
 import math
 import os
-import re
 import sys
 import time
 from pathlib import Path
@@ -20,9 +17,10 @@ from .coordinates import OUTSIDE, PARTS, ROUTINGS, coordinate_check, diagnosis, 
 from .corpus import load_corpus
 from .explanations import explain, marked, side_by_side
 from .figures import coordinate_curves, lr_curves
+from .flags import add_config, add_training, config_fields, number, numbers, path_field, train_fields
+from .grids import WIDTHS
 from .model import MiniMoE
 from .step import TrainOptions
-from .grids import STEPS, WIDTHS
 from .sweeps import LRS, read_sweep, sweep
 from .tables import PARAMETRIZATIONS
 from .training import train
@@ -79,9 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_sweep_outputs(demo, store="runs/demo.jsonl", figure="runs/demo.png")
 
     one = command("train", _train, "train one model\n\nPrints its history of losses; --save keeps it for `minimoe sample`.")
-    _add_config(one)
-    one.add_argument("--lr", type=_number, default=2.0**-6, help="base learning rate, e.g. 0.01 or 2^-6 (default 2^-6)")
-    _add_training(one)
+    add_config(one)
+    one.add_argument("--lr", type=number, default=2.0**-6, help="base learning rate, e.g. 0.01 or 2^-6 (default 2^-6)")
+    add_training(one)
     one.add_argument("--seed", type=int, default=0, help="of the initial weights and the data order (default 0)")
     one.add_argument("--save", metavar="FILE", help="write the trained model here")
 
@@ -96,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     many.add_argument("--widths", type=int, nargs="+", help=f"sizes of the residual stream {usual}")
     many.add_argument(
         "--path",
-        type=_path,
+        type=path_field,
         nargs="+",
         default=[],
         metavar="FIELD=A,B",
@@ -108,15 +106,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     many.add_argument(
         "--lrs",
-        type=_numbers,
+        type=numbers,
         nargs="+",
         metavar="LR",
         default=[LRS],
         help="numbers (0.01, 2^-6.5), or ranges of octaves such as 2^-10:2^-3, or :0.5 for halves",
     )
     many.add_argument("--seeds", type=int, nargs="+", default=[0])
-    _add_config(many, without=("width", "parametrization"), several=True)
-    _add_training(many, several=True)
+    add_config(many, without=("width", "parametrization"), several=True)
+    add_training(many, several=True)
     many.add_argument("--jobs", type=int, help="processes on a CPU (default: one per core)")
     _add_sweep_outputs(many, store="runs/sweep.jsonl", figure=None)
 
@@ -151,19 +149,19 @@ def _parser() -> argparse.ArgumentParser:
     coords.add_argument("--granularities", type=int, nargs="+", default=[1], metavar="G", help=several)
     coords.add_argument("--steps", type=int, default=5, help="optimiser steps (default 5)")
     coords.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    coords.add_argument("--lr", type=_number, default=2.0**-13, help="constant learning rate (default 2^-13)")
+    coords.add_argument("--lr", type=number, default=2.0**-13, help="constant learning rate (default 2^-13)")
     coords.add_argument("--corpus", default="pydocs", help="pydocs, shakespeare or a UTF-8 text file (default pydocs)")
     coords.add_argument("--routing", choices=ROUTINGS, default="free", help="see `coordinate_check` (default free)")
     coords.add_argument("--jobs", type=int, help="processes on a CPU (default: one per core)")
     coords.add_argument("--device", help="cpu or cuda (default: a GPU when there is one)")
     coords.add_argument("--csv", metavar="FILE", help="write the whole exponents table here")
     coords.add_argument("--figure", default="runs/coords.png", metavar="PNG", help="draw it here (default runs/coords.png)")
-    _add_config(coords, without=("parametrization", "width"))
+    add_config(coords, without=("parametrization", "width"))
 
     rules = command("explain", _explain, "show a parametrization's table, and what it gives each tensor")
     rules.add_argument("--parametrization", nargs="+", default=["mup"], metavar="NAME", help=f"of {', '.join(PARAMETRIZATIONS)}")
-    rules.add_argument("--lr", type=_number, default=2.0**-6, help="base learning rate of effective_lr (default 2^-6)")
-    _add_config(rules, without=("parametrization",))
+    rules.add_argument("--lr", type=number, default=2.0**-6, help="base learning rate of effective_lr (default 2^-6)")
+    add_config(rules, without=("parametrization",))
 
     sample = command("sample", _sample, "let a trained model write")
     sample.add_argument("model", metavar="FILE", help="a file that `train --save` wrote")
@@ -173,88 +171,6 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest character (default 0.8)")
     sample.add_argument("--seed", type=int, default=0)
     return parser
-
-
-def _number(text: str) -> float:
-    """0.01, 1e-2 or 2^-6.5. Raises ValueError."""
-    base, power, exponent = text.partition("^")
-    try:
-        return float(base) ** float(exponent) if power else float(base)
-    except ArithmeticError as error:
-        raise ValueError(f"{text} is not a number") from error
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    """A number, or the octaves low:high[:step]. Raises ValueError."""
-    low, *rest = text.split(":")
-    if not rest:
-        return (_number(low),)
-    first, last, step = _number(low), _number(rest[0]), float(rest[1]) if len(rest) > 1 else 1.0
-    if not (0 < first <= last < math.inf and 0.01 <= step < math.inf and len(rest) <= 2):
-        raise ValueError("a range is low:high or low:high:octaves, with 0 < low <= high")
-    count = int(math.log2(last / first) / step + 1e-9) + 1
-    return tuple(first * 2 ** (i * step) for i in range(count))
-
-
-def _field_help(kind: type) -> dict[str, str]:
-    """name -> the comment that stands beside it in the dataclass's source, and its default."""
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(kind), flags=re.MULTILINE))
-    defaults = {f.name: f.default for f in dataclasses.fields(kind)}
-    return {name: f"{comments.get(name, '')} (default {default})" for name, default in defaults.items()}
-
-
-def _path(text: str) -> tuple[str, list]:
-    """width=32,64 -> the field and its values. Raises ValueError."""
-    name, _, values = text.partition("=")
-    kinds = {f.name.replace("-", "_"): _kind(f) for f in (*dataclasses.fields(Config), *dataclasses.fields(TrainOptions))}
-    name, kinds = name.replace("-", "_"), kinds | {"steps": int}
-    if name not in kinds or not values:
-        raise ValueError(f"{text}: a path is FIELD=VALUE,VALUE")
-    return name, [kinds[name](value) for value in values.split(",")]
-
-
-def _kind(f: dataclasses.Field) -> type:
-    """The type in which a flag reads a field."""
-    return {"int": int, "int | None": int, "float": float, "float | None": float}.get(f.type, str)
-
-
-def _add_config(parser: argparse.ArgumentParser, without: tuple[str, ...] = (), several: bool = False) -> None:
-    """A flag for every field of Config, with several values if so wanted; the checks and the messages are Config's own."""
-    group, about = parser.add_argument_group("model"), _field_help(Config)
-    for f in dataclasses.fields(Config):
-        if f.name in (*without, "seed", "vocab_size"):
-            continue
-        flag = f"--{f.name.replace('_', '-')}"
-        if f.type == "bool":
-            group.add_argument(flag, action="store_true", default=None, help=about[f.name])
-        else:
-            kind, number = _kind(f), {"nargs": "+"} if several and not f.name.startswith("base_") else {}
-            group.add_argument(flag, type=kind, help=about[f.name], metavar=kind.__name__.upper(), **number)
-
-
-def _config_fields(options: argparse.Namespace) -> dict:
-    given = ((f.name, getattr(options, f.name, None)) for f in dataclasses.fields(Config) if f.name != "seed")
-    return {name: value for name, value in given if value is not None}
-
-
-def _add_training(parser: argparse.ArgumentParser, several: bool = False) -> None:
-    """Flags for the corpus, the device, the number of steps and every field of TrainOptions."""
-    group = parser.add_argument_group("training")
-    group.add_argument("--corpus", default="pydocs", help="pydocs, shakespeare or a UTF-8 text file (default pydocs)")
-    number = {"nargs": "+"} if several else {}
-    group.add_argument("--steps", type=int, default=[STEPS] if several else STEPS, help=f"(default {STEPS})", **number)
-    group.add_argument("--device", help="cpu or cuda (default: a GPU when there is one)")
-    about = _field_help(TrainOptions)
-    for f in dataclasses.fields(TrainOptions):
-        kind = float if f.name == "betas" else _kind(f)
-        shape = {"nargs": 2} if f.name == "betas" else number
-        flag = f"--{f.name.replace('_', '-')}"
-        group.add_argument(flag, type=kind, help=about[f.name], metavar=kind.__name__.upper(), **shape)
-
-
-def _train_fields(options: argparse.Namespace) -> dict:
-    given = {f.name: getattr(options, f.name) for f in dataclasses.fields(TrainOptions)}
-    return {name: value for name, value in given.items() if value is not None}
 
 
 def _add_sweep_outputs(parser: argparse.ArgumentParser, store: str, figure: str | None) -> None:
@@ -303,10 +219,10 @@ def _report_table(report: pd.DataFrame, by: str) -> str:
 
 def _train(options: argparse.Namespace) -> None:
     corpus = load_corpus(options.corpus)
-    config = Config(vocab_size=corpus.vocab_size, **_config_fields(options))
+    config = Config(vocab_size=corpus.vocab_size, **config_fields(options))
     if options.save and not os.access(Path(options.save).parent, os.W_OK):
         raise OSError(f"--save {options.save}: its folder does not exist or cannot be written")
-    (run,) = train(config, options.lr, options.seed, corpus, options.steps, TrainOptions(**_train_fields(options)), options.device)
+    (run,) = train(config, options.lr, options.seed, corpus, options.steps, TrainOptions(**train_fields(options)), options.device)
     history = pd.DataFrame(run.history)[["step", "train_loss", "val_loss"]]
     print(history.to_string(index=False, float_format="{:.4f}".format))
     print(f"{'diverged' if run.diverged else f'validation loss {run.val_loss:.4f} nats per character'}, {run.seconds:.0f} s")
@@ -316,35 +232,28 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> None:
-    axes = _config_fields(options) | _train_fields(options)
-    settings = TrainOptions(**{"betas": axes.pop("betas")} if "betas" in axes else {})
-    path, axes["steps"] = dict(options.path), options.steps
-    if "steps" in path:
-        del axes["steps"]
+    axes, path = config_fields(options) | train_fields(options), dict(options.path)
+    betas = {"betas": axes.pop("betas")} if "betas" in axes else {}
     frame = sweep(
         options.widths,
         options.parametrizations,
         [lr for lrs in options.lrs for lr in lrs],
         options.seeds,
-        options=settings,
+        options.steps,
+        options.corpus,
+        options=TrainOptions(**betas),
         store=options.store,
-        corpus=options.corpus,
         n_jobs=options.jobs,
         device=options.device,
         path=path,
         **axes,
     )
-    grown = [name for name, values in {**path, "width": options.widths, **axes}.items() if _several(values)]
-    along = [name for name in grown if name not in path] + [*path][:1]
-    if options.by or len(along) < 2:
-        _show(frame, options.by or next(iter(along), "width"), options.figure)
+    grown = [name for name in ("width", "steps", *axes) if name not in path and frame[name].nunique() > 1] + [*path][:1]
+    if options.by or len(grown) < 2:
+        _show(frame, options.by or next(iter(grown), "width"), options.figure)
     else:
-        print(f"{len(frame)} rows in {options.store}; report one axis: minimoe report {options.store} --by {along[0]} --where ...")
-
-
-def _several(values) -> bool:
-    """Whether an axis has more than one value; widths that are not given have their usual three."""
-    return values is None or (isinstance(values, list) and len(values) > 1)
+        print(f"{len(frame)} rows in {options.store}; several sizes grow, so choose one to report:")
+        print(f"minimoe report {options.store} --by {grown[0]} --where {grown[1]}=...")
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -371,7 +280,7 @@ def _coords(options: argparse.Namespace) -> None:
         routing=options.routing,
         n_jobs=options.jobs,
         device=options.device,
-        **_config_fields(options),
+        **config_fields(options),
     )
     table, axis = exponents(frame), size_axis(frame)
     said = diagnosis(table, options.activation or Config.activation) if axis == "width" else {}
@@ -424,7 +333,7 @@ def _parts_table(table: pd.DataFrame) -> str:
 
 
 def _explain(options: argparse.Namespace) -> None:
-    configs = [Config(**_config_fields(options) | {"parametrization": name}) for name in options.parametrization]
+    configs = [Config(**config_fields(options) | {"parametrization": name}) for name in options.parametrization]
     for config in configs:
         print(config.parametrization, "\n")
     if len(configs) > 1:

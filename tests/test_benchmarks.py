@@ -55,17 +55,17 @@ def test_without_a_gpu_nothing_is_measured(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_sweeps_loop_is_the_sweep(tmp_path):
-    """Nine runs by the user's loop and by a sweep, both of the shortest length."""
-    sys.path.insert(0, str(BENCHMARKS))
+def test_the_users_loop_and_the_sweep_both_run(monkeypatch):
+    """The two programs that benchmarks/sweep.py times, as short as they can be."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
     import sweep
 
     for script in (sweep.LOOP, sweep.SWEEP):
         command("-c", script.format(width=32, steps=1))
 
 
-def test_memory_is_measured_by_a_process_for_each_number_of_experts():
-    sys.path.insert(0, str(BENCHMARKS))
+def test_memory_is_measured_by_a_process_for_each_number_of_experts(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
     import memory
 
     step, weights = map(float, command("-c", memory.CHILD, 8, 2).split())

@@ -7,7 +7,8 @@ import sys
 import pandas as pd
 import pytest
 
-from minimoe.__main__ import _numbers, main
+from minimoe.__main__ import main
+from minimoe.flags import numbers
 
 TINY = ["--depth", "1", "--n-experts", "4", "--context", "16", "--steps", "6", "--batch-size", "2", "--eval-batches", "1"]
 
@@ -146,13 +147,37 @@ def test_bad_words_are_one_line_too(words, capsys):
 
 
 def test_lrs_are_numbers_and_ranges_of_octaves():
-    assert _numbers("0.01") == (0.01,)
-    assert _numbers("2^-6.5") == (2**-6.5,)
-    assert _numbers("2^-8:2^-5") == (2**-8, 2**-7, 2**-6, 2**-5)
-    assert _numbers("2^-6:2^-5:0.5") == pytest.approx((2**-6, 2**-5.5, 2**-5))
+    assert numbers("0.01") == (0.01,)
+    assert numbers("2^-6.5") == (2**-6.5,)
+    assert numbers("2^-8:2^-5") == (2**-8, 2**-7, 2**-6, 2**-5)
+    assert numbers("2^-6:2^-5:0.5") == pytest.approx((2**-6, 2**-5.5, 2**-5))
 
 
 def test_it_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "minimoe", "explain", "--width", "30"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "minimoe: width=30: must be a multiple of head_size=16\n"
+
+
+def test_any_option_with_several_values_is_an_axis(tmp_path, text, capsys):
+    small = ["--context", "16", "--steps", "2", "--eval-batches", "1", "--lrs", "2^-8:2^-4:2", "--jobs", "1"]
+    small += ["--corpus", text, "--parametrizations", "mup", "--store", str(tmp_path / "runs.jsonl")]
+    assert main(["sweep", "--widths", "32", "--depth", "1", "2", *small]) == 0
+    assert "from depth 1 to 2 the best LR moves by" in capsys.readouterr().out
+    assert main(["sweep", "--widths", "32", "--batch-size", "2", "4", *small]) == 0
+    assert "from batch_size 2 to 4 the best LR moves by" in capsys.readouterr().out
+    path = ["--path", "width=32,64", "n-experts=4,8"]
+    assert main(["sweep", *path, *small]) == 0
+    assert "from width 32 to 64 the best LR moves by" in capsys.readouterr().out
+    assert main(["sweep", *path, "--n-experts", "4", *small]) == 2
+    assert "n_experts: give it on the path or by itself, not both" in capsys.readouterr().err
+
+
+def test_two_axes_are_trained_and_the_report_is_left_to_the_reader(tmp_path, text, capsys):
+    small = ["--context", "16", "--steps", "2", "3", "--batch-size", "2", "--eval-batches", "1", "--lrs", "2^-6", "--jobs", "1"]
+    store = str(tmp_path / "runs.jsonl")
+    grid = ["--widths", "32", "64", "--parametrizations", "mup", "--corpus", text, "--store", store]
+    assert main(["sweep", *grid, *small]) == 0
+    assert f"minimoe report {store} --by width --where steps=..." in capsys.readouterr().out
+    assert main(["report", store, "--by", "steps", "--where", "width=32"]) == 0
+    assert "from steps 2 to 3" in capsys.readouterr().out

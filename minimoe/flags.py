@@ -1,0 +1,96 @@
+"""The flags of the command line: a flag for every field of Config and TrainOptions, and what their words mean."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import math
+import re
+
+from .config import Config
+from .grids import STEPS
+from .step import TrainOptions
+
+
+def number(text: str) -> float:
+    """0.01, 1e-2 or 2^-6.5. Raises ValueError."""
+    base, power, exponent = text.partition("^")
+    try:
+        return float(base) ** float(exponent) if power else float(base)
+    except ArithmeticError as error:
+        raise ValueError(f"{text} is not a number") from error
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """A number, or the octaves low:high[:step]. Raises ValueError."""
+    low, *rest = text.split(":")
+    if not rest:
+        return (number(low),)
+    first, last, step = number(low), number(rest[0]), float(rest[1]) if len(rest) > 1 else 1.0
+    if not (0 < first <= last < math.inf and 0.01 <= step < math.inf and len(rest) <= 2):
+        raise ValueError("a range is low:high or low:high:octaves, with 0 < low <= high")
+    count = int(math.log2(last / first) / step + 1e-9) + 1
+    return tuple(first * 2 ** (i * step) for i in range(count))
+
+
+def _field_help(kind: type) -> dict[str, str]:
+    """name -> the comment that stands beside it in the dataclass's source, and its default."""
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(kind), flags=re.MULTILINE))
+    defaults = {f.name: f.default for f in dataclasses.fields(kind)}
+    return {name: f"{comments.get(name, '')} (default {default})" for name, default in defaults.items()}
+
+
+def path_field(text: str) -> tuple[str, list]:
+    """width=32,64 -> the field and its values. Raises ValueError."""
+    name, _, values = text.partition("=")
+    kinds = {f.name: _kind(f) for f in (*dataclasses.fields(Config), *dataclasses.fields(TrainOptions))} | {"steps": int}
+    name = name.replace("-", "_")
+    if name not in kinds or not values:
+        raise ValueError(f"{text}: a path is FIELD=VALUE,VALUE")
+    return name, [kinds[name](value) for value in values.split(",")]
+
+
+def _kind(f: dataclasses.Field) -> type:
+    """The type in which a flag reads a field."""
+    return {"int": int, "int | None": int, "float": float, "float | None": float}.get(f.type, str)
+
+
+def add_config(parser: argparse.ArgumentParser, without: tuple[str, ...] = (), several: bool = False) -> None:
+    """A flag for every field of Config, with several values if so wanted; the checks and the messages are Config's own."""
+    group, about = parser.add_argument_group("model"), _field_help(Config)
+    for f in dataclasses.fields(Config):
+        if f.name in (*without, "seed", "vocab_size"):
+            continue
+        flag = f"--{f.name.replace('_', '-')}"
+        if f.type == "bool":
+            group.add_argument(flag, action="store_true", default=None, help=about[f.name])
+        else:
+            kind, values = _kind(f), {"nargs": "+"} if several and not f.name.startswith("base_") else {}
+            group.add_argument(flag, type=kind, help=about[f.name], metavar=kind.__name__.upper(), **values)
+
+
+def config_fields(options: argparse.Namespace) -> dict:
+    given = ((f.name, getattr(options, f.name, None)) for f in dataclasses.fields(Config) if f.name != "seed")
+    return {name: value for name, value in given if value is not None}
+
+
+def add_training(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """Flags for the corpus, the device, the number of steps and every field of TrainOptions."""
+    group = parser.add_argument_group("training")
+    group.add_argument("--corpus", default="pydocs", help="pydocs, shakespeare or a UTF-8 text file (default pydocs)")
+    values = {"nargs": "+"} if several else {}
+    usual = None if several else STEPS  # a grid has its own default
+    group.add_argument("--steps", type=int, default=usual, help=f"optimiser steps (default {STEPS})", **values)
+    group.add_argument("--device", help="cpu or cuda (default: a GPU when there is one)")
+    about = _field_help(TrainOptions)
+    for f in dataclasses.fields(TrainOptions):
+        kind = float if f.name == "betas" else _kind(f)
+        shape = {"nargs": 2} if f.name == "betas" else values
+        flag = f"--{f.name.replace('_', '-')}"
+        group.add_argument(flag, type=kind, help=about[f.name], metavar=kind.__name__.upper(), **shape)
+
+
+def train_fields(options: argparse.Namespace) -> dict:
+    given = {f.name: getattr(options, f.name) for f in dataclasses.fields(TrainOptions)}
+    return {name: value for name, value in given.items() if value is not None}
