@@ -6,11 +6,10 @@ data, the schedule and the seed. Such a run is trained and stored once, and each
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -25,9 +24,9 @@ from .config import BASED, Config, config_from_dict, config_to_dict, whole
 from .corpus import Corpus, load_corpus
 from .grids import planned_runs
 from .identity import run_key
-from .parametrization import Parametrization, require_distinct_names
-from .step import NEUTRAL, TrainOptions
-from .store import FORMAT, RunStore, StoreError
+from .parametrization import Parametrization
+from .step import TrainOptions
+from .store import FORMAT, LineError, RunStore, StoreError, stored_cells
 from .tables import PARAMETRIZATIONS, parametrization
 from .training import Kind, available_device, check_training, finished_runs, parts_of_one_kind
 
@@ -102,9 +101,9 @@ def sweep(
                     store.append(run)
                 _append_labels(cells, {run["key"]: run for run in finished}, store)
         if store is not None:
-            runs |= store.load()[0]  # another sweep may have trained some of them
+            runs |= store.runs({cell["key"] for cell in cells})  # another sweep may have trained some of them
             _append_labels(cells, runs, store)
-    except StoreError as error:
+    except (StoreError, LineError) as error:
         error.frame = _frame(cells, configs, runs)
         raise
     except (KeyboardInterrupt, _WorkerDied) as stop:
@@ -115,31 +114,37 @@ def sweep(
 def _frame(cells: list[dict], configs: list[tuple], runs: dict[str, dict]) -> pd.DataFrame:
     """A row for each cell whose run has finished."""
     rows = zip(cells, configs, strict=True)
-    return pd.DataFrame([_row(cell, config, runs[cell["key"]]) for cell, (config, _) in rows if cell["key"] in runs])
+    return _by_columns(_row(_labels(config), cell, runs[cell["key"]]) for cell, (config, _) in rows if cell["key"] in runs)
 
 
 def read_sweep(path: str | os.PathLike) -> pd.DataFrame:
     """The frame of everything in a run store, in the columns of `sweep`: a row for every cell of every sweep.
 
-    Raises FileNotFoundError for a missing store, ValueError for a damaged or empty one.
+    Raises FileNotFoundError for a missing store, ValueError for a damaged or empty one or a file that is no store.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no run store at {path}: `minimoe sweep --store {path}` makes one")
-    runs, cells = RunStore(path).load()
-    if not cells:
-        raise ValueError(f"{path} holds no runs of format {FORMAT}")
-    rows = [(cell, config_from_dict(cell["config"])) for cell in cells]
-    require_distinct_names(config.parametrization for _, config in rows)
+    runs, cells = stored_cells(path)
     built_in = list(PARAMETRIZATIONS)
 
-    def order(row: tuple[dict, Config]) -> tuple:  # that of finishing is chance
-        cell, config = row
-        name = config.parametrization.name
+    def order(cell: dict) -> tuple:  # that of finishing is chance
+        name = cell["config"].parametrization.name
         known = built_in.index(name) if name in built_in else len(built_in)
-        return known, name, config.width, cell["lr"], config.seed
+        return known, name, cell["config"].width, cell["lr"], cell["seed"]
 
-    rows.sort(key=order)
-    return pd.DataFrame([_row(cell, config, runs[cell["key"]]) for cell, config in rows])
+    cells.sort(key=order)
+    labels = {id(config): _labels(config) for config in {id(cell["config"]): cell["config"] for cell in cells}.values()}
+    rows = ((labels[id(cell["config"])] | {"seed": cell["seed"]}, cell, runs[cell["key"]]) for cell in cells)
+    return _by_columns(_row(*row) for row in rows)
+
+
+def _by_columns(rows: Iterable[dict]) -> pd.DataFrame:
+    """The frame of these rows, which have the same names in one order: many rows as dicts would fill the memory."""
+    names, values = (), []
+    for row in rows:
+        names = names or tuple(row)
+        values.append(tuple(row.values()))
+    return pd.DataFrame(dict(zip(names, zip(*values, strict=True), strict=True)))
 
 
 def grid(widths, parametrizations, lrs, seeds, vocab_size: int, config_fields: dict, path=None):
@@ -165,9 +170,8 @@ def _divided(cells: list[dict], configs: list[tuple], store: RunStore | None) ->
     runs = {}
     if store is not None:
         store.prepare()
-        runs, known = store.load()
-        tables = [config_from_dict(cell["config"]).parametrization for cell in known]
-        require_distinct_names([*tables, *(config.parametrization for config, _ in configs)])
+        store.require_names({config.parametrization for config, _ in configs})
+        runs = store.runs({cell["key"] for cell in cells})
     first = {}
     for cell in cells:
         first.setdefault(cell["key"], cell)
@@ -235,7 +239,7 @@ def _parts(missing: list[dict], device, at_once: int | None, backend: str, store
     cells = sorted(missing, key=turn)
     parts = parts_of_one_kind(cells, kind, device, 1 if backend == "dask" else at_once)
     for part in parts:
-        known = {} if store is None else store.load()[0]
+        known = () if store is None else store.trained()
         if wanted := [cell for cell in part if cell["key"] not in known]:
             yield wanted
 
@@ -306,22 +310,14 @@ def _workers_ignore_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _row(cell: dict, config: Config, run: dict) -> dict:
-    """A frame's row: the cell's own labels and the run's results, in which a loss that the store holds as null is infinite."""
-
-    def number(value, missing):
-        return missing if value is None else value
-
+def _labels(config: Config) -> dict:
+    """name -> value for the columns of a config."""
     labels = {f.name: getattr(config, f.name) for f in fields(config)} | {"parametrization": config.parametrization.name}
-    labels |= {f"base_{name}": config.base_size(name) for name in BASED}
-    options = NEUTRAL | cell["options"] | {"betas": tuple(cell["options"]["betas"])}
-    history = [
-        record
-        | {name: number(record[name], math.inf) for name in ("train_loss", "val_loss")}
-        | {"router_rms": [number(rms, math.nan) for rms in record["router_rms"]]}
-        for record in run["history"]
-    ]
-    losses = {name: number(run[name], math.inf) for name in ("train_loss", "val_loss")}
-    results = {"diverged": run["diverged"], "seconds": run["seconds"], "history": history}
+    return labels | {f"base_{name}": config.base_size(name) for name in BASED}
+
+
+def _row(labels: dict, cell: dict, run: dict) -> dict:
+    """A frame's row: the config's columns, the cell's other labels, and the run's results."""
+    results = {name: run[name] for name in ("train_loss", "val_loss", "diverged", "seconds", "history")}
     text = {name: cell[name] for name in ("corpus", "corpus_digest")}
-    return {**labels, "lr": cell["lr"], "steps": cell["steps"], **losses, **results, **text, **options, "key": cell["key"]}
+    return {**labels, "lr": cell["lr"], "steps": cell["steps"], **results, **text, **cell["options"], "key": cell["key"]}

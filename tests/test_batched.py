@@ -11,10 +11,12 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minimoe import Config, MiniMoE, TrainOptions, experts, train, training
+from minimoe import Config, MiniMoE, TrainOptions, experts, sweep, train, training
 from minimoe import model as model_module
 from minimoe.batched import BatchedRuns, memory_per_run
-from minimoe.step import SingleRun, losses
+from minimoe.config import differing
+from minimoe.identity import run_key
+from minimoe.step import NEUTRAL, SingleRun, losses
 from minimoe.training import Kind, engine, parts_of_one_kind, planned_size, windows
 
 FIELDS = {"width": 64, "context": 16, "n_experts": 4}
@@ -124,15 +126,16 @@ def test_on_a_cpu_runs_are_trained_alone_by_default(corpus, monkeypatch):
     assert len(train(configs(), LRS, 0, corpus, 2, OPTIONS)) == 4
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("fields", SHAPES)
-def test_a_step_reads_nothing_back_from_the_device(fields, blocks):
+def test_a_step_reads_nothing_back_from_the_device(fields, dtype, blocks):
     """Under FakeTensorMode tensors have no values: `.item()`, `.tolist()` and data-dependent shapes raise.
 
     A torch without CUDA has no fake CUDA either, so the GPU's path is taken on a fake CPU.
     """
     with FakeTensorMode():
         models = [MiniMoE(config) for config in configs(**fields)]
-        batched = BatchedRuns(models, LRS, TrainOptions(weight_decay=0.1, clip=1.0))
+        batched = BatchedRuns(models, LRS, TrainOptions(weight_decay=0.1, clip=1.0, dtype=dtype))
         batch = windows(torch.zeros(1000, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.int64), 16)
         cross_entropy = batched.step(batch, dict.fromkeys(batched.roles, 0.5))
         loss, load, square = batched.measure([batch[0], batch[1]])
@@ -204,11 +207,12 @@ class PeakMemory(TorchDispatchMode):
 @pytest.mark.parametrize(
     "fields",
     [{"width": 32}, {"width": 128}, {"width": 256, "n_experts": 64}, {"granularity": 8}, {"activation": "swiglu", "depth": 4},
-     {"n_experts": 32, "batch_size": 2}],
+     {"n_experts": 32, "batch_size": 2}, {"width": 128, "dtype": "bfloat16"}],
 )  # fmt: skip
 def test_the_estimate_of_a_runs_memory_is_from_above_and_not_wild(fields, blocks):
-    options = TrainOptions(batch_size=fields.get("batch_size", 16), clip=1.0, weight_decay=0.1)
-    config = Config(**{name: value for name, value in fields.items() if name != "batch_size"})
+    chosen = {"batch_size": 16} | {name: value for name, value in fields.items() if name in ("batch_size", "dtype")}
+    options = TrainOptions(clip=1.0, weight_decay=0.1, **chosen)
+    config = Config(**{name: value for name, value in fields.items() if name not in chosen})
     runs = 3
     with PeakMemory() as memory, FakeTensorMode():
         batched = BatchedRuns([MiniMoE(config) for _ in range(runs)], [0.01] * runs, options)
@@ -318,3 +322,23 @@ def test_deterministic_is_asked_of_torch_and_taken_back(corpus, monkeypatch):
 def test_bad_sizes_are_refused(corpus):
     with pytest.raises(ValueError, match="at_once=0: must be a positive integer"):
         train(Config(**FIELDS), 0.01, 0, corpus, 2, OPTIONS, at_once=0)
+
+
+def test_the_dtype_is_checked_and_counts_where_it_is_not_float32(corpus):
+    with pytest.raises(ValueError, match="dtype='float16': must be one of float32, bfloat16"):
+        TrainOptions(dtype="float16")
+    keys = [run_key(Config(**FIELDS), 0.01, 2, replace(OPTIONS, dtype=d), corpus.digest) for d in ("float32", "bfloat16")]
+    assert keys[0] != keys[1]
+    assert "dtype" not in differing(OPTIONS.schedule, NEUTRAL)  # so that a run from before the field keeps its key
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_a_sweep_can_be_batched_and_keeps_lengths_and_batch_sizes_apart(corpus, monkeypatch):
+    programs, original = [], training._train
+    monkeypatch.setattr(training, "_train", lambda specs, *a: programs.append(len(specs)) or original(specs, *a))
+    grid = {"steps": (2, 3), "batch_size": (2, 4), "context": 16, "n_jobs": 1, "progress": False}
+    frame = sweep((32,), ("mup",), (0.01, 0.02, 0.04), (0,), corpus=corpus, at_once=2, **grid)
+    assert sorted(programs) == [1] * 4 + [2] * 4
+    assert len(frame.drop_duplicates(["steps", "batch_size", "lr"])) == 12
+    for row in frame.itertuples():
+        assert row.history[-1]["step"] == row.steps
