@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from .conditions import rows_where
 from .config import Config
 from .coordinates import OUTSIDE, PARTS, ROUTINGS, coordinate_check, diagnosis, exponents, size_axis
 from .corpus import load_corpus
@@ -259,10 +260,7 @@ def _sweep(options: argparse.Namespace) -> None:
 def _report(options: argparse.Namespace) -> None:
     frame = read_sweep(options.store)
     for condition in options.where:
-        column, _, value = condition.partition("=")
-        if column not in frame.columns:
-            raise ValueError(f"--where {condition}: the columns are {', '.join(frame.columns)}")
-        frame = frame[frame[column].astype(str) == str(frame[column].dtype.type(value))]
+        frame = rows_where(frame, condition)
     _show(frame, options.by, options.figure)
 
 

@@ -102,8 +102,8 @@ def written(cell: dict) -> bytes:
 
 
 def is_torn(line: bytes) -> bool:
-    """Whether a last line without its newline is the first part of a line of ours: writing it was interrupted."""
-    if not (line.startswith(START) or START.startswith(line)):
+    """Whether this is the first part of a line of ours, perhaps none of it: writing the line was interrupted."""
+    if line.endswith(b"\n") or not (line.startswith(START) or START.startswith(line)):
         return False
     try:
         json.JSONDecoder().raw_decode(line.decode(errors="replace"))
@@ -204,7 +204,8 @@ class Lines:
     def _train_options(self, text: bytes) -> dict:
         """name -> value for every field of TrainOptions; one that the line lacks had its neutral value then."""
         if text not in self._options:
-            self._options[text] = asdict(TrainOptions(**NEUTRAL | _parsed(text)))
+            _require(data := _parsed(text), ("batch_size", "betas"))  # which every version has had
+            self._options[text] = asdict(TrainOptions(**NEUTRAL | data))
         return self._options[text]
 
     def _one(self, value):

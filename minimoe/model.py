@@ -106,8 +106,11 @@ class MoE(nn.Module):
 
     def choice(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:  # (N, E) -> gates (N, K), expert numbers (N, K)
         experts = self.chosen(probabilities)
+        return self.gates(probabilities, experts), experts
+
+    def gates(self, probabilities: Tensor, experts: Tensor) -> Tensor:  # (N, E), expert numbers (N, K) -> (N, K)
         gates = probabilities.gather(1, experts)
-        return (gates / gates.sum(-1, keepdim=True) if self.config.renormalize else gates), experts
+        return gates / gates.sum(-1, keepdim=True) if self.config.renormalize else gates
 
     def chosen(self, probabilities: Tensor) -> Tensor:  # (N, E) -> expert numbers (N, K)
         N, K, E = probabilities.shape[0], self.config.active_experts, self.config.experts

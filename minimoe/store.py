@@ -8,6 +8,7 @@ off with a warning; a damaged line elsewhere is an error that names it; a file t
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import warnings
@@ -219,7 +220,7 @@ def stored_cells(path: str | os.PathLike) -> tuple[dict[str, dict], list[dict]]:
     ordered = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n") and is_torn(line):
+            if is_torn(line):
                 warnings.warn(f"{path}, line {number}: the last line is not whole, and is left out", stacklevel=3)
                 break
             with _named(path, number):
@@ -253,12 +254,12 @@ def require_store(path: Path) -> None:
         raise OSError(f"{path} is not a file")
     with open(path, "rb") as file:
         start = file.read(len(START))
-        if START.startswith(start):  # an empty file is a new store; lines of ours are checked as they are read
-            return
-        if not start.startswith(b"{"):
+        if start and not start.startswith(b"{"):
             raise ValueError(f"{path} is no run store (line 1 is no JSON object): give another path. The file is as it was")
+        first = start + file.readline()
+    if not is_torn(first):
         with _named(path, 1):
-            format_of((start + file.readline()).strip())
+            format_of(first.strip())
 
 
 class _named:
@@ -319,6 +320,7 @@ def _mend_last_line(file: BinaryIO, path: Path) -> None:
     number = sum(1 for _ in file)
     with _named(path, number):
         format_of(line.strip())
+        json.loads(line)
     file.seek(0, os.SEEK_END)
     file.write(b"\n")
     file.flush()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -239,9 +239,18 @@ def _parts(missing: list[dict], device, at_once: int | None, backend: str, store
     cells = sorted(missing, key=turn)
     parts = parts_of_one_kind(cells, kind, device, 1 if backend == "dask" else at_once)
     for part in parts:
-        known = () if store is None else store.trained()
+        known = () if store is None else _known(store)
         if wanted := [cell for cell in part if cell["key"] not in known]:
             yield wanted
+
+
+def _known(store: RunStore) -> Collection[str]:
+    """The keys of the runs in the store; none if it cannot be read. The next append then says why: in a thread of joblib's,
+    which asks for parts too, an error would be lost."""
+    try:
+        return store.trained()
+    except (OSError, ValueError):
+        return ()
 
 
 def _executed(jobs: Iterator[tuple], n_jobs: int, backend: str, address: str | None) -> Iterator[list[dict]]:

@@ -272,12 +272,12 @@ def record(step: int, train_loss: float, val_loss: float, load: Tensor, square: 
     }
 
 
-def _train(specs: list[tuple[Config, float]], data: TextData, steps: int, options: TrainOptions, kind: type) -> list[Run]:
-    """The runs of one shape, trained as one program. kind: SingleRun or BatchedRuns."""
+def _train(specs: list[tuple[Config, float]], data: TextData, steps: int, options: TrainOptions, trainer: type) -> list[Run]:
+    """The runs of one shape, trained as one program. trainer: SingleRun or BatchedRuns."""
     start = time.perf_counter()
     config = specs[0][0]
     models = [MiniMoE(config).to(data.device) for config, _ in specs]
-    program = kind(models, [lr for _, lr in specs], options, steps)
+    program = trainer(models, [lr for _, lr in specs], options, steps)
     order = data.order([options.order_seed(config.seed) for config, _ in specs], steps, options.batch_size, config.context)
     validation = data.validation(options.eval_batches, options.batch_size, config.context)
     histories: list[list[dict]] = [[] for _ in specs]

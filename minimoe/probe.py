@@ -1,0 +1,210 @@
+"""How to read a model: its sites, what each is made of, and what each does on some tokens.
+
+A *site* is a place in the forward pass where a weight meets its input, or an output that is no weight's own. The model
+declares its sites here, once; theory, measurement, verdicts and figures see sites and know no name of a model's parts.
+
+Letters in shape comments: B batch, T time, N = B*T probed tokens, D width, E experts, K active experts per token, S = N*K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from .config import Config
+from .experts import activated
+from .identity import declared
+from .model import MiniMoE
+
+OUTSIDE = -1  # the layer of what belongs to no block
+
+
+class Site(NamedTuple):
+    """One site: what it is, and, once observed, what it does."""
+
+    layer: int
+    name: str
+    parameters: tuple[str, ...] = ()  # the names of its weights; none where it is no weight's own
+    role: str = ""  # that its weights declare
+    source: str = ""  # the site of its layer whose output is its input; none where a norm stands between
+    degree: int = 1  # the power with which its input follows the source's output
+    made_by: str = ""  # what is no weight's own: a product, a sum, or a mixture (a gated sum over experts)
+    made_of: tuple[str, ...] = ()  # of these sites; of a mixture, the experts' inner and outer weights
+    gate: str = ""  # the site whose output moves a mixture's gates; none where their sum is 1
+    weight: Tensor | None = None  # effective: (fan_in, fan_out), of experts (E, fan_in, fan_out)
+    input: Callable | None = None  # the layer's chosen experts (N, K) -> rows (n, fan_in), the expert of each row or None
+    output: Tensor | None = None  # of what is no weight's own
+
+
+def sites(config: Config) -> list[Site]:
+    """The sites of the config's model, in the order of its forward pass."""
+    roles = {name: param.role.name for name, param in declared(config).items()}
+    product_of_two = 2 if config.activation == "swiglu" else 1
+
+    def weighed(layer: int, name: str, *parameters: str, **more) -> Site:
+        return Site(layer, name, parameters, roles[parameters[0]], **more)
+
+    found = [weighed(OUTSIDE, "embedding", "tokens", "positions")]
+    for layer in range(config.depth):
+        attention, moe = (f"blocks.{layer}.{part}." for part in ("attention", "moe"))
+        found += [weighed(layer, name, attention + name) for name in "qkv"]
+        found.append(Site(layer, "scores", made_by="product", made_of=("q", "k")))
+        found.append(weighed(layer, "o", attention + "o", source="v"))
+        if config.experts > 1:
+            found.append(weighed(layer, "router", moe + "router"))
+        found.append(weighed(layer, "up", moe + "up"))
+        found.append(weighed(layer, "down", moe + "down", source="up", degree=product_of_two))
+        gate = "" if config.experts == 1 or config.renormalize else "router"
+        found.append(Site(layer, "moe", made_by="mixture", made_of=("up", "down"), gate=gate))
+        found.append(Site(layer, "residual", made_by="sum", made_of=("embedding", "o", "moe")))
+    return [*found, weighed(OUTSIDE, "logits", "unembedding")]
+
+
+class Observed(NamedTuple):
+    """What a model does on some tokens."""
+
+    sites: dict[tuple[int, str], Site]  # by layer and name; first those with a weight
+    experts: list[Tensor]  # (N, K) per layer
+    gates: list[Tensor]  # (N, K) per layer
+    model: MiniMoE
+
+
+@torch.no_grad()
+def observed(model: MiniMoE, tokens: Tensor) -> Observed:
+    """The model's sites on tokens (B, T), with their weights, inputs and outputs."""
+    passed, inputs = _passed(model, tokens)
+    gates, experts = zip(*(b.moe.choice(torch.softmax(passed[b.moe][1][2], -1)) for b in model.blocks), strict=True)
+    seen = {}
+    for site in sites(model.config):
+        if site.parameters == ("tokens", "positions"):
+            site = _looked_up(site, model, tokens)
+        elif site.parameters:
+            weight, x = effective(model, site.parameters[0]), inputs.get(site.parameters[0])
+            site = site._replace(weight=weight, input=lambda chosen, x=x: (x.flatten(0, -2), None))
+        if site.name == "up":
+            site = site._replace(input=lambda chosen, x=passed[model.blocks[site.layer].moe][0]: _routed(x, chosen))
+        if site.name == "down":
+            site = site._replace(input=lambda chosen, up=seen[site.layer, "up"]: _hidden(model.config, up, chosen))
+        seen[site.layer, site.name] = site
+    for layer, block in enumerate(model.blocks):
+        outputs = {"moe": passed[block.moe][1][0], "residual": passed[block][1][0]}
+        outputs["scores"] = _causal_scores(block.attention, *(seen[layer, name] for name in "qk"), tokens.shape)
+        seen |= {(layer, name): seen[layer, name]._replace(output=output) for name, output in outputs.items()}
+    weighed_first = dict(sorted(seen.items(), key=lambda item: item[1].weight is None))
+    return Observed(weighed_first, list(experts), list(gates), model)
+
+
+def effective(model: nn.Module, name: str) -> Tensor:
+    """The parameter of this name times its multiplier."""
+    return model.get_buffer(f"{name}_multiplier") * model.get_parameter(name)
+
+
+class _Inputs(TorchFunctionMode):
+    """Records, by the parameter's name, what each effective weight is multiplied with: x of `x @ (multiplier * weight)`."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.names = {id(param): name for name, param in model.named_parameters()}
+        self.weights: dict[int, tuple[str, Tensor]] = {}  # by id; the tensor is kept, so that its id is not used again
+        self.inputs: dict[str, Tensor] = {}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function in (Tensor.mul, Tensor.__mul__, torch.mul) and id(args[1]) in self.names:
+            self.weights[id(out)] = self.names[id(args[1])], out
+        if function in (Tensor.matmul, Tensor.__matmul__, torch.matmul) and id(args[1]) in self.weights:
+            self.inputs[self.weights[id(args[1])][0]] = args[0]
+        return out
+
+
+def _passed(model: MiniMoE, tokens: Tensor) -> tuple[dict[nn.Module, tuple], dict[str, Tensor]]:
+    """(module -> (input, output) of each block and MoE, parameter's name -> what it is multiplied with) in a forward pass."""
+    passed = {}
+    modules = [module for block in model.blocks for module in (block, block.moe)]
+    hooks = [m.register_forward_hook(lambda m, inputs, output: passed.update({m: (inputs[0], output)})) for m in modules]
+    try:
+        with _Inputs(model) as recorded:
+            model(tokens)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return passed, recorded.inputs
+
+
+def _looked_up(site: Site, model: MiniMoE, tokens: Tensor) -> Site:
+    """An embedding is a matrix too: its input is one-hot."""
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    table = torch.cat([effective(model, name) for name in site.parameters])  # (V + context, D)
+    hot = [F.one_hot(tokens, model.config.vocab_size), F.one_hot(positions, model.config.context)]
+    rows = torch.cat(hot, -1).flatten(0, 1).to(table)
+    return site._replace(weight=table, input=lambda chosen: (rows, None))
+
+
+def _routed(x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """(S, D) each token's row for each expert that serves it, (S,) that expert."""
+    return x.repeat_interleave(chosen.shape[1], dim=0), chosen.flatten()
+
+
+def _hidden(config: Config, up: Site, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    rows, serving = up.input(chosen)
+    return activated(config.activation, output(rows, up.weight, serving)), serving
+
+
+def _causal_scores(attention: nn.Module, q: Site, k: Site, shape: torch.Size) -> Tensor:  # (B, H, T * (T + 1) / 2)
+    heads = [attention.split(site.input(None)[0].unflatten(0, shape) @ site.weight) for site in (q, k)]
+    seen = torch.ones(shape[1], shape[1], dtype=torch.bool, device=heads[0].device).tril()
+    return (heads[0] @ heads[1].mT / attention.head_size)[..., seen]
+
+
+def output(rows: Tensor, weight: Tensor, experts: Tensor | None) -> Tensor:
+    """(n, fan_in) -> (n, fan_out); with experts (n,), row i times the matrix of its own expert."""
+    if experts is None:
+        return rows @ weight
+    out = rows.new_empty(len(rows), weight.shape[-1])
+    for number, own in enumerate(weight):
+        mine = experts == number
+        out[mine] = rows[mine] @ own
+    return out
+
+
+@torch.no_grad()
+def mixture_parts(start: Observed, now: Observed, layer: int) -> dict[str, Tensor]:
+    """What the changes of the up projections, the down projections and the router each do to the MoE's output (N, D)."""
+    gates, chosen = now.gates[layer], now.experts[layer]  # (N, K)
+    up, down = ((start.sites[layer, name], now.sites[layer, name]) for name in ("up", "down"))
+    rows, serving = up[1].input(chosen)  # (S, D), (S,)
+    hidden, _ = down[1].input(chosen)  # (S, M)
+    hidden0 = activated(now.model.config.activation, output(rows, up[0].weight, serving))
+    parts = {
+        "up": (gates, output(hidden - hidden0, down[0].weight, serving)),
+        "down": (gates, output(hidden, down[1].weight - down[0].weight, serving)),
+    }
+    if (layer, "router") in now.sites:
+        logits0 = now.sites[layer, "router"].input(chosen)[0] @ start.sites[layer, "router"].weight  # (N, E)
+        gates0 = now.model.blocks[layer].moe.gates(torch.softmax(logits0, -1), chosen)  # of today's experts: none is exchanged
+        parts["router"] = (gates - gates0, output(hidden, down[1].weight, serving))
+    return {name: (gate[..., None] * rows.unflatten(0, gate.shape)).sum(1) for name, (gate, rows) in parts.items()}
+
+
+def loss_gradients(model: MiniMoE, batch: Tensor) -> list[Tensor]:
+    """The gradient of the loss at each layer's MoE output: (N, D) per layer. batch: (B, T + 1) tokens; the loss is the
+    cross-entropy alone."""
+    outputs: list[Tensor] = []
+    hooks = [block.moe.register_forward_hook(lambda m, inputs, output: outputs.append(output[0])) for block in model.blocks]
+    try:
+        logits = model(batch[:, :-1]).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(torch.autograd.grad(F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()), outputs))
+
+
+def route_by(model: MiniMoE, experts: list[Tensor]) -> None:
+    """Let these experts (N, K) of each layer serve, whatever the router says; the gates stay the router's."""
+    for block, chosen in zip(model.blocks, experts, strict=True):
+        block.moe.chosen = lambda probabilities, chosen=chosen: chosen
