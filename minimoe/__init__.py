@@ -9,12 +9,13 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "arms": ("ARMS", "EXPERT_ARMS", "labelled"),
-    "coordinates": ("coordinate_check", "exponents", "mystery", "predicted_exponents", "suspects"),
+    "coordinate_figures": ("coordinate_curves", "exponents_chart", "router_rules", "tensor_curves"),
+    "coordinates": ("coordinate_check",),
     "config": ("Config",),
     "corpus": ("Corpus", "check_tokens", "load_corpus", "make_corpus"),
     "explanations": ("explain", "side_by_side"),
     "explorers": ("CoordinateExplorer", "LRExplorer", "LiveSweep", "TableExplorer"),
-    "figures": ("coordinate_curves", "drift_chart", "exponents_chart", "lr_curves", "router_rules", "tensor_curves"),
+    "figures": ("drift_chart", "lr_curves"),
     "model": ("MiniMoE", "Output"),
     "parametrization": (
         "Monomial",
@@ -34,8 +35,10 @@ _HOMES = {
     "step": ("TrainOptions",),
     "sweeps": ("read_sweep", "sweep"),
     "tables": ("PARAMETRIZATIONS", "ROUTER_RULES", "shift"),
+    "theory": ("predicted_exponents", "predictions"),
     "training": ("Run", "train"),
     "transfer": ("drift_report", "drift_words", "losses_at", "regrets", "transfer_report"),
+    "verdicts": ("exponents", "mystery", "suspects"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)

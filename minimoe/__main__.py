@@ -14,18 +14,21 @@ import torch
 
 from .conditions import rows_where
 from .config import Config
-from .coordinates import OUTSIDE, PARTS, ROUTINGS, coordinate_check, diagnosis, exponents, size_axis
+from .coordinate_figures import coordinate_curves
+from .coordinates import ROUTINGS, coordinate_check, size_axis
 from .corpus import load_corpus
 from .explanations import explain, marked, side_by_side
-from .figures import coordinate_curves, lr_curves
+from .figures import lr_curves
 from .flags import add_config, add_training, config_fields, number, numbers, path_field, train_fields
 from .grids import WIDTHS
 from .model import MiniMoE
+from .probe import OUTSIDE
 from .step import TrainOptions
 from .sweeps import LRS, read_sweep, sweep
 from .tables import PARAMETRIZATIONS
 from .training import train
 from .transfer import sentence, transfer_report
+from .verdicts import diagnosis, exponents
 
 DEMO_STEPS = 140  # enough for SP's optimum to move by an octave per doubling, and two minutes on two cores
 
@@ -134,8 +137,9 @@ def _parser() -> argparse.ArgumentParser:
     coords = command(
         "coords",
         _coords,
-        "check how every tensor and its updates grow with width\n\n"
-        "Prints measured exponents (predicted ones in brackets) and the cells that the check condemns.",
+        "check how every tensor and its updates grow with width, or with another size\n\n"
+        "Prints measured exponents (predicted ones in brackets) and the cells that the check condemns. Another size grows where\n"
+        "one width and several values are given: --widths 64 --granularity 1 2 4 --base-granularity 1.",
     )
     coords.add_argument(
         "--parametrization",
@@ -146,8 +150,6 @@ def _parser() -> argparse.ArgumentParser:
         help=f"of {', '.join(PARAMETRIZATIONS)}",
     )
     coords.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512])
-    several = "let the granularity grow instead, at one width (give a --base-granularity, mostly 1)"
-    coords.add_argument("--granularities", type=int, nargs="+", default=[1], metavar="G", help=several)
     coords.add_argument("--steps", type=int, default=5, help="optimiser steps (default 5)")
     coords.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     coords.add_argument("--lr", type=number, default=2.0**-13, help="constant learning rate (default 2^-13)")
@@ -157,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     coords.add_argument("--device", help="cpu or cuda (default: a GPU when there is one)")
     coords.add_argument("--csv", metavar="FILE", help="write the whole exponents table here")
     coords.add_argument("--figure", default="runs/coords.png", metavar="PNG", help="draw it here (default runs/coords.png)")
-    add_config(coords, without=("parametrization", "width"))
+    add_config(coords, without=("parametrization", "width"), several=True)
 
     rules = command("explain", _explain, "show a parametrization's table, and what it gives each tensor")
     rules.add_argument("--parametrization", nargs="+", default=["mup"], metavar="NAME", help=f"of {', '.join(PARAMETRIZATIONS)}")
@@ -274,17 +276,16 @@ def _coords(options: argparse.Namespace) -> None:
         options.seeds,
         options.lr,
         options.corpus,
-        granularities=options.granularities,
         routing=options.routing,
         n_jobs=options.jobs,
         device=options.device,
         **config_fields(options),
     )
     table, axis = exponents(frame), size_axis(frame)
-    said = diagnosis(table, options.activation or Config.activation) if axis == "width" else {}
+    said = diagnosis(table) if axis == "width" else {}
     for name, rows in table.groupby("parametrization", sort=False):
         print(f"{name}: exponents in the {axis}, measured (predicted)\n{_exponents_table(rows)}\n")
-        if axis == "granularity":
+        if axis != "width":
             print(f"{name}: parts of the MoE's change\n{_parts_table(rows)}\n")
         if name in said:
             print(f"{name}: {said[name]}\n")
@@ -323,11 +324,11 @@ def _exponents_table(table: pd.DataFrame) -> str:
 
 def _parts_table(table: pd.DataFrame) -> str:
     """One row per layer, a column per part of the MoE's change, for a terminal."""
-    parts = table[(table.tensor == "moe") & table.quantity.isin(PARTS)]
+    parts = table[table.quantity.str.startswith(("from_", "pull_"))]
     words = [f"{part.measured:+.2f}" + ("" if math.isnan(part.predicted) else f" ({part.predicted + 0.0:+.1f})")
              for part in parts.itertuples()]  # fmt: skip
     wide = parts.assign(words=words).pivot(index="layer", columns="quantity", values="words")
-    return wide.reindex(columns=[part for part in PARTS if part in wide]).to_string(na_rep="")
+    return wide[parts.quantity.unique()].to_string(na_rep="")
 
 
 def _explain(options: argparse.Namespace) -> None:

@@ -10,21 +10,17 @@ from fnmatch import fnmatchcase
 from html import escape
 
 import pandas as pd
+import torch
 from torch import nn
 
-from .config import Config
+from .config import Config, require
 from .identity import declared
 from .model import MiniMoE
 from .parametrization import Parametrization, Rule, require_distinct_names
 from .roles import AT_BASE, RoleParameter, numbers
 from .tables import PARAMETRIZATIONS, parametrization
+from .theory import KINDS, Growth, as_wanted, kind, kinds, law
 
-KINDS = {  # of Tensor Programs V, Table 3: which axes grow with the width
-    "input": "its fan_in is fixed, so no sum gets longer",
-    "hidden": "it sums over a growing fan_in, into outputs that grow in number",
-    "output": "it sums over a growing fan_in, into a fixed number of outputs",
-    "fixed": "no axis grows with the width",
-}
 ROLE_OF_KIND = {"input": "embedding", "hidden": "attention", "output": "unembedding"}  # whose row of muP's table applies
 Axes = int | Sequence[int] | None
 
@@ -45,6 +41,40 @@ class Explanation(pd.DataFrame):
     def _repr_html_(self) -> str:
         table = pd.DataFrame(self.drop(columns="why")).to_html(index=False, float_format="{:.4g}".format, border=0)
         return table + "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in self.reasons()) + "</ul>"
+
+    def param_groups(self, module: nn.Module, lr: float, eps: float = 1e-8, weight_decay: float = 0.0) -> list[dict]:
+        """Groups for `torch.optim.AdamW` over the explained module: every parameter with muP's lr, eps and weight_decay.
+
+        The module's forward pass stays as it is: a multiplier is folded into init, LR, eps and decay (the abc symmetry, see
+        `tables.shift`). Raises ValueError for an lr that is not positive and finite, or an explanation of a Config.
+        """
+        require(math.isfinite(lr) and lr > 0, "lr", lr, "must be positive and finite")
+        groups: dict[tuple, dict] = {}
+        for row in self._of_a_module().itertuples():
+            settings = {
+                "lr": lr * row.lr * row.multiplier,
+                "eps": eps * row.eps / row.multiplier,
+                "weight_decay": weight_decay * row.weight_decay / row.multiplier,
+            }
+            group = groups.setdefault(tuple(settings.values()), {"params": [], "names": [], **settings})
+            group["params"].append(module.get_parameter(row.name))
+            group["names"].append(row.name)
+        return list(groups.values())
+
+    @torch.no_grad()
+    def initialise(self, module: nn.Module) -> nn.Module:
+        """Scale every parameter of the explained module to the std that muP gives it, from the std that it has in the module
+        that `build` made; returns the module. A constant (a gain at 1, a bias at 0) stays as it is."""
+        for row in self._of_a_module().itertuples():
+            param = module.get_parameter(row.name)
+            if std := param.std(correction=0).item():
+                param.mul_(row.base_std * row.init_std * row.multiplier / std)
+        return module
+
+    def _of_a_module(self) -> pd.DataFrame:
+        if "base_std" not in self.columns:
+            raise ValueError("this explains a Config: its model has param_groups, and is initialised by itself")
+        return pd.DataFrame(self)
 
     def reasons(self) -> list[str]:
         """One line per distinct reason, with the tensors it holds for."""
@@ -67,14 +97,14 @@ def explain(
     effective_lr (what Adam uses at the base LR `lr`), eps and weight_decay (factors) and why.
 
     Or any other torch module, with `build`, which makes the same model at another width, its base shape: what muP would
-    do. There init_std is a factor on the base model's, and role and flops are left out. Layouts are those of torch's
+    do. There init_std is a factor on the base model's, which is the column base_std, and role and flops are left out; the
+    explanation can be applied, by its methods `initialise` and `param_groups`. Layouts are those of torch's
     own layers; for a parameter of another class name the axis (or axes) it sums over in `fan_in`, by name or pattern, None
     for a gain or bias: {"experts.up": 1, "*.norm.weight": None}. Of a stack of experts the expert axis must not grow.
 
     Raises ValueError, naming the parameter, where the kind is not determined; TypeError for anything else to explain.
     """
-    if not (math.isfinite(lr) and lr > 0):
-        raise ValueError(f"lr={lr!r}: must be positive and finite")
+    require(math.isfinite(lr) and lr > 0, "lr", lr, "must be positive and finite")
     if isinstance(subject, MiniMoE):
         subject = subject.config
     if isinstance(subject, Config):
@@ -112,28 +142,6 @@ def side_by_side(config: Config, tables: Iterable[str | Parametrization]) -> pd.
     return pd.DataFrame(columns)
 
 
-def kind(shape: Sequence[int], base: Sequence[int], axes: Sequence[int]) -> str:
-    """input, hidden, output or fixed: which of a tensor's axes differ between two widths, `axes` being its fan_in.
-
-    Raises ValueError if the shapes do not decide it.
-    """
-    if len(shape) != len(base):
-        raise ValueError(f"it has {len(shape)} axes at one width and {len(base)} at the other")
-    ratios = {axis: size / base[axis] for axis, size in enumerate(shape) if size != base[axis]}
-    others = [axis for axis in range(len(shape)) if axis not in axes]
-    if len(others) > 1 and others[0] in ratios:
-        raise ValueError(f"its axis {others[0]} grows: a stack of experts must not, or name its fan_in so that one axis is left")
-    if min(ratios.values(), default=1) < 1 < max(ratios.values(), default=1):
-        raise ValueError("one axis grows where another shrinks")
-    out = [axis for axis in ratios if axis not in axes]
-    if len(out) > 1:
-        raise ValueError(
-            f"its axes {' and '.join(map(str, out))} both grow: one is fan_out, but a stack of experts must not grow"
-        )
-    summed = any(axis in ratios for axis in axes)
-    return {(True, True): "hidden", (True, False): "output", (False, True): "input", (False, False): "fixed"}[summed, bool(out)]
-
-
 def marked(table: pd.DataFrame) -> str:
     """A `side_by_side` frame for a terminal, an asterisk at each number that is not the same in every table."""
     text = pd.DataFrame(index=table.index)
@@ -153,12 +161,12 @@ def _why(kind: str, rule: Rule, grows: float) -> str:
     m, v, l = (
         math.log2(value) if (value := getattr(rule, cell)(ratios)) else -math.inf for cell in ("multiplier", "init_var", "lr")
     )
-    init, update = (round(power, 9) + 0.0 for power in (m + v / 2 + grows / 2, m + l + grows))  # a root's rounding; no -0
-    allowed = kind == "output" and init <= 0
-    judged = "as muP wants it" if (init == 0 or allowed) and update == 0 else "not as muP wants it"
+    growth = Growth(*(round(power, 9) + 0.0 for power in law(m, v / 2, l, grows)))  # a root's rounding; no -0
+    judged = "as muP wants it" if as_wanted(kind, growth) else "not as muP wants it"
     if kind == "fixed":
         return f"{kind}, {KINDS[kind]}: nothing to change"
-    return f"{kind}, {KINDS[kind]}; its output at init {_growth(init)}, an Adam step's effect on it {_growth(update)}: {judged}"
+    said = f"its output at init {_growth(growth.init)}, an Adam step's effect on it {_growth(growth.update)}"
+    return f"{kind}, {KINDS[kind]}; {said}: {judged}"
 
 
 def _growth(power: float) -> str:
@@ -170,29 +178,28 @@ def _growth(power: float) -> str:
 
 
 def _rows_of_config(config: Config, lr: float) -> pd.DataFrame:
-    wider = declared(replace(config, width=2 * config.width))
+    wider, kind_of = declared(replace(config, width=2 * config.width)), kinds(config)
     rows = []
     for name, param in declared(config).items():
-        cells, shape, wide = numbers(param, config.parametrization, AT_BASE), tuple(param.shape), tuple(wider[name].shape)
-        found = kind(shape, wide, axes=[len(shape) - 2])
-        grows = math.log2(wide[-2] / shape[-2])
+        cells, shape, role = numbers(param, config.parametrization, AT_BASE), tuple(param.shape), param.role
+        grows = math.log2(role.fan_in(wider[name].shape) / role.fan_in(shape))
         rows.append(
             {
                 "name": name,
-                "role": config.parametrization.row(param.role.name),
-                "kind": found,
+                "role": config.parametrization.row(role.name),
+                "kind": kind_of[name],
                 "shape": shape,
-                "fan_in": shape[-2],
+                "fan_in": role.fan_in(shape),
                 "parameters": param.numel(),
                 "flops": _flops(config, param),
-                "ratio": param.role.ratios["fan_in"],
+                "ratio": role.ratios["fan_in"],
                 "init_std": cells.std,
                 "multiplier": cells.multiplier,
                 "lr": cells.lr,
                 "effective_lr": lr * cells.lr,
                 "eps": cells.eps,
                 "weight_decay": cells.weight_decay,
-                "why": _why(found, _in_width(config.parametrization[param.role.name]), grows),
+                "why": _why(kind_of[name], _in_width(config.parametrization[role.name]), grows),
             }
         )
     return pd.DataFrame(rows)
@@ -227,7 +234,7 @@ def _rows_of_module(module: nn.Module, build: Callable[[], nn.Module], fan_in: d
     for pattern in fan_in:
         if not any(fnmatchcase(name, pattern) for name in known):
             raise ValueError(f"fan_in names {pattern!r}, which no parameter matches")
-    rows = [_row_of_parameter(uses, tuple(base[name].shape), fan_in, lr) for name, uses in names.items()]
+    rows = [_row_of_parameter(uses, base[name], fan_in, lr) for name, uses in names.items()]
     table = pd.DataFrame(rows)
     if (table.kind == "fixed").all():
         raise ValueError("build makes a model of the same shape: give it another width")
@@ -244,9 +251,9 @@ def _owners(module: nn.Module) -> list[list[tuple[str, nn.Module, str, nn.Parame
     return list(uses.values())
 
 
-def _row_of_parameter(uses: list, base: tuple[int, ...], fan_in: dict[str, Axes], lr: float) -> dict:
+def _row_of_parameter(uses: list, in_base: nn.Parameter, fan_in: dict[str, Axes], lr: float) -> dict:
     name, _, _, param = uses[0]
-    shape = tuple(param.shape)
+    shape, base = tuple(param.shape), tuple(in_base.shape)
     try:
         found = {_kind_and_axes(use, base, fan_in) for use in uses}
         if len({kind for kind, _ in found}) > 1:
@@ -265,6 +272,7 @@ def _row_of_parameter(uses: list, base: tuple[int, ...], fan_in: dict[str, Axes]
         "fan_in": size,
         "parameters": param.numel(),
         "ratio": ratios["fan_in"],
+        "base_std": in_base.detach().std(correction=0).item(),
         "init_std": math.sqrt(rule.init_var(ratios)),
         "multiplier": rule.multiplier(ratios),
         "lr": rule.lr(ratios),

@@ -18,13 +18,17 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from .config import Config
-from .coordinates import OUTSIDE, TENSORS, coordinate_check, diagnosis, exponents, predicted_exponents
+from .coordinate_figures import exponents_chart, in_forward_order, tensor_curves
+from .coordinates import coordinate_check
 from .corpus import Corpus, load_corpus
-from .figures import exponents_chart, lr_curves, tensor_curves
+from .figures import lr_curves
 from .parametrization import CELLS, Monomial, Parametrization, as_monomial, fan_in, width
+from .probe import OUTSIDE
 from .sweeps import sweep
 from .tables import PARAMETRIZATIONS, ROUTER_RULES, parametrization
+from .theory import predicted_exponents, predictions
 from .transfer import losses_at, regrets
+from .verdicts import diagnosis, exponents
 
 DPI = 90
 PLURALS = {"width": "widths", "n_experts": "experts", "granularity": "granularities"}
@@ -309,13 +313,13 @@ class TableExplorer(Explorer):
         return predicted_exponents(Config(self.table, **self.fields))
 
     def draw(self) -> Figure:
-        return exponents_chart(self.predicted(), self.measured)
+        return exponents_chart(predictions(Config(self.table, **self.fields)), self.measured)
 
     def say(self) -> str:
         said = f"<pre>{html.escape(str(self.table))}</pre>"
         if self.measured is None:
             return said
-        (found,) = diagnosis(self.measured, Config(self.table, **self.fields).activation).values()
+        (found,) = diagnosis(self.measured).values()
         return f"{said}<p>Measured: {html.escape(found)}</p>"
 
 
@@ -328,7 +332,7 @@ class CoordinateExplorer(Explorer):
     def __init__(self, frame: pd.DataFrame):
         self.frame = frame
         names, steps = list(dict.fromkeys(frame.parametrization)), sorted(set(frame.step) - {0})
-        tensors = [tensor for tensor in TENSORS if tensor in set(frame.tensor)]
+        tensors = in_forward_order(frame)
         layers = sorted(set(frame.layer) - {OUTSIDE})
         self.name = _control(widgets.Dropdown, "table", "of rules", options=names, value=names[0])
         self.tensor = _control(widgets.Dropdown, "tensor", "in the forward pass's order", options=tensors)
@@ -342,8 +346,8 @@ class CoordinateExplorer(Explorer):
     def chosen(self) -> pd.DataFrame:
         """The rows of the chosen table and tensor."""
         frame = self.frame
-        layer = OUTSIDE if self.tensor.value in ("embedding", "logits") else self.layer.value
-        return frame[(frame.parametrization == self.name.value) & (frame.tensor == self.tensor.value) & (frame.layer == layer)]
+        own = frame[(frame.parametrization == self.name.value) & (frame.tensor == self.tensor.value)]
+        return own[own.layer.isin((self.layer.value, OUTSIDE))]
 
     def slopes(self) -> pd.DataFrame:
         """The chosen tensor's rows of `exponents` at the chosen step."""

@@ -20,15 +20,15 @@ import torch
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tqdm.auto import tqdm
 
-from .config import BASED, Config, config_from_dict, config_to_dict, whole
+from .config import BASED, Config, config_from_dict, config_to_dict, require, whole
 from .corpus import Corpus, load_corpus
 from .grids import planned_runs
 from .identity import run_key
 from .parametrization import Parametrization
 from .step import TrainOptions
 from .store import FORMAT, LineError, RunStore, StoreError, stored_cells
-from .tables import PARAMETRIZATIONS, parametrization
-from .training import Kind, available_device, check_training, finished_runs, parts_of_one_kind
+from .tables import PARAMETRIZATIONS
+from .training import Kind, available_device, finished_runs, parts_of_one_kind
 
 WAIT_FOR_WORKERS = 600  # seconds that a cluster has to bring up its first worker
 LRS = tuple(2.0**octave for octave in range(-9, -2))
@@ -77,14 +77,12 @@ def sweep(
     training, and StoreError, which carries every finished run, if that happens later; KeyboardInterrupt on Ctrl-C and
     RuntimeError when a worker dies, both saying how to go on.
     """
-    if n_jobs is not None and not whole(n_jobs, 1):
-        raise ValueError(f"n_jobs={n_jobs!r}: must be a positive integer or None")
-    if address is not None and backend != "dask":
-        raise ValueError(f"address={address!r}: goes with backend='dask'")
+    require(n_jobs is None or whole(n_jobs, 1), "n_jobs", n_jobs, "must be a positive integer or None")
+    require(address is None or backend == "dask", "address", address, "goes with backend='dask'")
     corpus = load_corpus(corpus)
     device = torch.device(device or "cpu") if backend == "dask" else available_device(device)
-    axes = {"width": widths, **axes, "steps": steps}
-    planned = planned_runs(parametrizations, lrs, seeds, corpus, options, {name: v for name, v in axes.items() if v is not None}, path)
+    axes = {name: values for name, values in {"width": widths, **axes, "steps": steps}.items() if values is not None}
+    planned = planned_runs(parametrizations, lrs, seeds, corpus, options, axes, path)
     configs = [(run.config, run.lr) for run in planned]
     cells = [_cell(*run, corpus) for run in planned]
     store = None if store is None else RunStore(store)
@@ -145,10 +143,6 @@ def _by_columns(rows: Iterable[dict]) -> pd.DataFrame:
         names = names or tuple(row)
         values.append(tuple(row.values()))
     return pd.DataFrame(dict(zip(names, zip(*values, strict=True), strict=True)))
-
-
-def grid(widths, parametrizations, lrs, seeds, vocab_size: int, config_fields: dict, path=None):
-    raise NotImplementedError("use grids.planned_runs")
 
 
 def _cell(config: Config, lr: float, steps: int, options: TrainOptions, corpus: Corpus) -> dict:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import pandas as pd
+
 from .config import Config
 from .identity import declared
 from .probe import Site, sites
@@ -137,6 +139,19 @@ def predicted_exponents(config: Config, axis: str = "width") -> dict[tuple[str, 
             if axis == "granularity" and config.experts > 1:  # in the width, pulls also grow with what the experts have learned
                 predicted |= {(site.name, f"pull_{part}"): predicted[site.name, f"from_{part}"] for part in site.made_of}
     return {key: _rounded(exponent) for key, exponent in predicted.items()}
+
+
+def predictions(config: Config, axis: str = "width") -> pd.DataFrame:
+    """The same as a frame: one row per site and of init and update, in the order of the forward pass, with columns tensor,
+    quantity, predicted (NaN where nothing is) and what the site is."""
+    found, about = predicted_exponents(config, axis), site_labels(config)
+    rows = [
+        {"tensor": site.name, "quantity": quantity, "predicted": found.get((site.name, quantity), math.nan)}
+        | about[site.layer, site.name]
+        for site in _one_layer(config)
+        for quantity in Growth._fields
+    ]
+    return pd.DataFrame(rows)
 
 
 def _growths(config: Config, axis: str) -> dict[str, Growth]:

@@ -80,8 +80,8 @@ def _place_of(quantity: str) -> int:
 
 
 def _slope(sizes: np.ndarray, rms: np.ndarray) -> tuple[float, float]:
-    """(slope, standard error) of log2 RMS over log2 size; NaN where an RMS is zero or not finite."""
-    if not (np.isfinite(rms).all() and (rms > 0).all()):
+    """(slope, standard error) of log2 RMS over log2 size; NaN for one size, or where an RMS is zero or not finite."""
+    if len(set(sizes)) < 2 or not (np.isfinite(rms).all() and (rms > 0).all()):
         return math.nan, math.nan
     x, y = np.log2(sizes), np.log2(rms)
     slope, offset = np.polyfit(x, y, 1)
@@ -98,6 +98,8 @@ def _verdict(kind: str, quantity: str, slope: float, rms: pd.Series, judged: boo
         return "unjudged"
     if not np.isfinite(rms).all() or slope > high + TOLERANCE:
         return "explodes"
+    if math.isnan(slope):  # a layer that the smallest model does not have
+        return "unjudged"
     return "shrinks" if slope < low - TOLERANCE else "holds"
 
 
@@ -134,8 +136,9 @@ def _fault(site, measured: pd.Series) -> tuple[str, float, str] | None:
     surplus = init - MUP_INIT.get(site.kind, 0.0)
     if abs(update) > TOLERANCE and abs(surplus - update) <= TOLERANCE:
         return "multiplier", update, because
-    if wanted(site.kind, "init")[0] < init <= TOLERANCE and site.kind in MUP_INIT:
-        surplus = 0.0  # it may be smaller than muP has it
+    low, high = wanted(site.kind, "init")
+    if low < 0 and init <= high + TOLERANCE:
+        surplus = 0.0  # muP allows it to shrink
     if abs(surplus) > TOLERANCE and abs(update) <= TOLERANCE:
         return "init_var", 2 * surplus, because
     if abs(update) > TOLERANCE:

@@ -4,9 +4,9 @@ import pytest
 
 from minimoe import Config, TrainOptions
 from minimoe.arms import ARMS, EXPERT_ARMS, arm, labelled
-from minimoe.coordinates import predicted_exponents
 from minimoe.identity import run_key, tensor_numbers
 from minimoe.sweeps import sweep
+from minimoe.theory import predicted_exponents
 
 SIZES = {"width": 64, "base_width": 16, "base_granularity": 1}
 

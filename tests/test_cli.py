@@ -81,7 +81,7 @@ def test_coords_prints_exponents_and_names_the_wrong_cell(tmp_path, text, capsys
 
 
 def test_coords_over_granularities_shows_the_parts_of_the_moes_change(tmp_path, text, capsys):
-    small = ["--widths", "32", "--granularities", "1", "2", "4", "--base-granularity", "1", "--seeds", "0", "--steps", "1"]
+    small = ["--widths", "32", "--granularity", "1", "2", "4", "--base-granularity", "1", "--seeds", "0", "--steps", "1"]
     outputs = ["--figure", str(tmp_path / "coords.png"), "--corpus", str(text), "--context", "16", "--jobs", "1"]
     assert main(["coords", *small, *outputs]) == 0
     said = capsys.readouterr().out

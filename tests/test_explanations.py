@@ -168,3 +168,37 @@ def test_other_things_are_refused():
         explain("mup")
     with pytest.raises(ValueError, match="a Config says all itself"):
         explain(Config(), lambda: None)
+
+
+def test_an_explanation_is_applied_with_its_multipliers_folded():
+    torch.manual_seed(0)
+    module, base = Peer(64), Peer(16)
+    for peer in (module, base):
+        for param in (peer.positions, peer.up):
+            nn.init.normal_(param, std=0.3)
+    rows = explain(module, lambda: base, fan_in=AXES)
+    stds = {name: param.std(correction=0).item() for name, param in base.named_parameters()}
+    assert rows.initialise(module) is module
+    groups = rows.param_groups(module, lr=0.1, eps=1e-8, weight_decay=0.01)
+    of = {name: group for group in groups for name in group["names"]}
+    assert set(of) == set(dict(module.named_parameters()))
+    assert sum(len(group["params"]) for group in groups) == len(of)
+    # four times as wide: (std over the base's, LR, eps, decay) of an input, a hidden and an output weight
+    expected = {"tokens.weight": (1, 1, 1, 1), "positions": (1, 1, 1, 1), "attention.out_proj.weight": (1 / 2, 1 / 4, 1, 1),
+                "up": (1 / 2, 1 / 4, 1, 1), "head.weight": (1 / 4, 1 / 4, 4, 4),
+                "router.weight": (1 / 4, 1 / 4, 4, 4)}  # fmt: skip
+    for name, (std, lr, eps, decay) in expected.items():
+        assert module.get_parameter(name).std(correction=0).item() == pytest.approx(std * stds[name], rel=1e-4), name
+        assert of[name]["lr"] == pytest.approx(0.1 * lr), name
+        assert of[name]["eps"] == pytest.approx(1e-8 * eps), name
+        assert of[name]["weight_decay"] == pytest.approx(0.01 * decay), name
+    assert torch.equal(module.norm.weight, torch.ones(64))
+    assert torch.equal(module.norm.bias, torch.zeros(64))
+    torch.optim.AdamW(groups)
+
+
+def test_what_cannot_be_applied_says_so():
+    with pytest.raises(ValueError, match="this explains a Config"):
+        explain(Config()).param_groups(MiniMoE(Config()), lr=0.1)
+    with pytest.raises(ValueError, match=r"lr=0: must be positive"):
+        explain(Peer(64), lambda: Peer(16), fan_in=AXES).param_groups(Peer(64), lr=0)

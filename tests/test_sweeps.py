@@ -214,10 +214,6 @@ def test_numpy_grids_and_repeated_values(corpus):
     ("one", "two"),
     [
         ({"config": Config(width=64, balance_weight=1)}, {"config": Config(width=64, balance_weight=1.0)}),
-        (
-            {"config": Config(width=64, balance_weight=0.01, balance_times_k=True)},
-            {"config": Config(width=64, balance_weight=0.02)},
-        ),
         ({"options": TrainOptions(weight_decay=0)}, {"options": TrainOptions(weight_decay=0.0)}),
         ({"options": TrainOptions(data_seed=0)}, {"options": TrainOptions()}),
         (
@@ -372,7 +368,7 @@ def test_vocabulary_comes_from_the_corpus(tmp_path):
 @pytest.mark.parametrize(
     ("grid", "message"),
     [
-        ({"widths": ()}, "widths is empty"),
+        ({"widths": ()}, "width is empty"),
         ({"lrs": []}, "lrs is empty"),
         ({"seeds": ()}, "seeds is empty"),
         ({"parametrizations": ()}, "parametrizations is empty"),
