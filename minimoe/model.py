@@ -6,8 +6,8 @@ role is initialised, multiplied and trained; the forward pass uses the effective
 Letters in shape comments: B batch, T time, N = B*T tokens, D width, H heads, C head size, L depth, V vocabulary,
 E experts (n_experts * granularity), K active experts per token (top_k * granularity), M expert hidden size.
 
-Design: pre-norm; RMS norm without parameters; learned absolute positions; causal multi-head attention with a fixed head
-size, so that its scale 1 / C does not move with the width; token-choice routing, dropless; no biases; an untied head.
+Design: pre-norm; RMS norm without parameters; learned absolute positions; causal attention with a fixed head size, so that
+its scale 1 / C does not move with the width; token-choice routing, dropless; no biases; an untied head.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .config import Config, config_from_dict, config_to_dict
+from .config import Config, config_from_dict, config_to_dict, require
 from .corpus import check_tokens
 from .experts import activated, attention, slot_counts, sorted_mixture
 from .roles import RoleParameter, initialise, param_groups, parameter
@@ -58,13 +58,11 @@ class Attention(nn.Module):
         self.o = weight(config, "attention_out", lambda c: (c.width, c.width))
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
-        return self.mixed(x) @ (self.o_multiplier * self.o)
-
-    def mixed(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D), the heads side by side
         q = self.split(x @ (self.q_multiplier * self.q))  # (B, H, T, C)
         k = self.split(x @ (self.k_multiplier * self.k))
         v = self.split(x @ (self.v_multiplier * self.v))
-        return attention(q, k, v, scale=1 / self.head_size).transpose(1, 2).flatten(2)
+        mixed = attention(q, k, v, scale=1 / self.head_size).transpose(1, 2).flatten(2)  # (B, T, D), the heads side by side
+        return mixed @ (self.o_multiplier * self.o)
 
     def split(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, H, T, C)
         return x.unflatten(-1, (self.heads, self.head_size)).transpose(1, 2)
@@ -86,10 +84,10 @@ class MoE(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        gated = 2 if config.activation == "swiglu" else 1
         if config.experts > 1:  # a dense model has nothing to choose
             self.router = weight(config, "router", lambda c: (c.width, c.experts))
-        self.up = weight(config, "experts_up", lambda c: (c.experts, c.width, gated * c.expert_width))
+        columns = 2 if config.activation == "swiglu" else 1  # of the up projection, per hidden value
+        self.up = weight(config, "experts_up", lambda c: (c.experts, c.width, columns * c.expert_width))
         self.down = weight(config, "experts_down", lambda c: (c.experts, c.expert_width, c.width))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -169,20 +167,18 @@ class MiniMoE(nn.Module):
 
         temperature 0 takes the likeliest token. Raises ValueError for an empty prompt or tokens outside the vocabulary.
         """
-        if tokens.ndim != 2 or tokens.shape[1] == 0:
-            raise ValueError(f"the prompt must have shape (B, T) with T at least 1, got {tuple(tokens.shape)}")
-        if not (math.isfinite(temperature) and temperature >= 0 and n >= 0):
-            raise ValueError(f"temperature and n must be finite and not negative, got {temperature} and {n}")
+        rule = "must be finite and not negative"
+        require(tokens.ndim == 2 and tokens.shape[1] > 0, "prompt", tuple(tokens.shape), "must be (B, T) with T at least 1")
+        require(math.isfinite(temperature) and temperature >= 0, "temperature", temperature, rule)
+        require(n >= 0, "n", n, rule)
         check_tokens(tokens, self.config.vocab_size)
         generator = torch.Generator(tokens.device).manual_seed(seed)
         for _ in range(n):
             logits = self(tokens[:, -self.config.context :]).logits[:, -1]  # (B, V)
             if not logits.isfinite().all():
                 raise ValueError("the model's logits are not finite: it diverged in training")
-            if temperature == 0:
-                drawn = logits.argmax(-1, keepdim=True)
-            else:
-                drawn = torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator)
+            odds = torch.softmax(logits / (temperature or 1.0), -1)  # (B, V)
+            drawn = torch.multinomial(odds, 1, generator=generator) if temperature else odds.argmax(-1, keepdim=True)
             tokens = torch.cat([tokens, drawn], dim=1)
         return tokens
 

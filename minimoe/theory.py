@@ -24,6 +24,7 @@ from .probe import Site, sites
 from .roles import AT_BASE, numbers
 
 TOLERANCE = 0.25  # of a slope: half of 1/2, which is the least that a wrong power of the width moves a slope by
+NONE = "-"  # in a frame's texts; an empty text would come back from a CSV file as NaN
 AXES = ("width", "granularity")  # the sizes for which exponents are predicted
 KINDS = {  # of Tensor Programs V, Table 3: which axes grow with the width
     "input": "its fan_in is fixed, so no sum gets longer",
@@ -93,9 +94,9 @@ def site_labels(config: Config) -> dict[tuple[int, str], dict]:
     kind_of, table = kinds(config), config.parametrization
     return {
         (site.layer, site.name): {
-            "role": table.row(site.role) if site.role else "",
-            "kind": kind_of[site.parameters[0]] if site.parameters else "",
-            "source": site.source,
+            "role": table.row(site.role) if site.role else NONE,
+            "kind": kind_of[site.parameters[0]] if site.parameters else NONE,
+            "source": site.source or NONE,
             "degree": site.degree,
             "place": place,
         }

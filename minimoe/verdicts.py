@@ -17,7 +17,7 @@ from .config import Config, require
 from .coordinates import size_axis
 from .parametrization import FORWARD_CELLS, Parametrization, width
 from .tables import parametrization
-from .theory import MUP_INIT, TOLERANCE, site_labels, wanted
+from .theory import MUP_INIT, NONE, TOLERANCE, site_labels, wanted
 
 BROKEN = ("explodes", "shrinks")
 ABOUT = ("role", "kind", "source", "degree", "place")  # columns that say what a site is
@@ -63,7 +63,7 @@ def exponents(
         predicted = group.predicted.iloc[0] if expected is None else expected.get(key[2:], math.nan)
         measured, stderr = _slope(group[axis].to_numpy(), group.rms.to_numpy())
         about = {name: group[name].iloc[-1] for name in ABOUT}
-        judged = is_judged(key[3]) and (about["role"] != "" or not group.predicted.isna().all())
+        judged = is_judged(key[3]) and (about["role"] != NONE or not group.predicted.isna().all())
         verdict = _verdict(about["kind"], key[3], measured, group.rms, judged)
         unknown = math.isnan(predicted) or verdict == "zero"
         agrees = pd.NA if unknown else bool(abs(measured - predicted) <= TOLERANCE)
@@ -115,7 +115,7 @@ def suspects(table: pd.DataFrame) -> pd.DataFrame:
     for name, group in table.groupby("parametrization", sort=False):
         measured = group.set_index(["layer", "tensor", "quantity"]).measured
         faults: dict[str, list] = {}
-        for site in group[group.verdict.isin(BROKEN) & (group.role != "")].drop_duplicates(["layer", "tensor"]).itertuples():
+        for site in group[group.verdict.isin(BROKEN) & (group.role != NONE)].drop_duplicates(["layer", "tensor"]).itertuples():
             if fault := _fault(site, measured[site.layer]):
                 faults.setdefault(site.role, []).append(fault)
         for role, found in faults.items():
@@ -127,10 +127,10 @@ def suspects(table: pd.DataFrame) -> pd.DataFrame:
 
 def _fault(site, measured: pd.Series) -> tuple[str, float, str] | None:
     """(cell, power by which it is too large, why) for one weight's output; None where its own exponents are right."""
-    inherited = site.degree * measured[site.source, "init"] if site.source else 0.0
+    inherited = site.degree * measured[site.source, "init"] if site.source != NONE else 0.0
     init, update = (measured[site.tensor, quantity] - inherited for quantity in ("init", "update"))
     because = f"{site.tensor}: init {init:+.2f}, update {update:+.2f}"
-    because += f" (less {inherited:+.2f} from {site.source})" if site.source else ""
+    because += f" (less {inherited:+.2f} from {site.source})" if site.source != NONE else ""
     if math.isnan(init) or math.isnan(update):  # diverged, or zero
         return None
     surplus = init - MUP_INIT.get(site.kind, 0.0)
@@ -178,7 +178,7 @@ def mutants(table: str | Parametrization = "mup") -> Iterator[tuple[str, str, Pa
 
 def is_harmless(role: str, cell: str) -> bool:
     """Whether muP asks nothing of a cell of its table that is smaller than muP has it: the init of an output weight."""
-    kinds = {label["role"]: label["kind"] for label in site_labels(Config()).values() if label["role"]}
+    kinds = {label["role"]: label["kind"] for label in site_labels(Config()).values() if label["role"] != NONE}
     return cell == "init_var" and kinds[role] == "output"
 
 

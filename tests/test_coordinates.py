@@ -7,7 +7,7 @@ import pytest
 from minimoe import PARAMETRIZATIONS, Config, coordinate_check, coordinate_curves, exponents, fan_in
 from minimoe.arms import ARMS
 from minimoe.probe import sites
-from minimoe.theory import TOLERANCE
+from minimoe.theory import NONE, TOLERANCE
 from minimoe.verdicts import diagnosis
 
 TINY = {"widths": (32, 64), "steps": 2, "seeds": (0,), "n_jobs": 1, "context": 16, "n_experts": 4}
@@ -46,7 +46,7 @@ def test_mup_holds_everywhere(tables):
 def test_sp_updates_grow(tables):
     table = tables["sp"]
     grown = set(table[(table.quantity == "update") & (table.verdict == "explodes")].tensor)
-    assert grown == set(table.tensor[table.role != ""]) - {"embedding"}
+    assert grown == set(table.tensor[table.role != NONE]) - {"embedding"}
     assert set(table[table.quantity == "init"].verdict) == {"holds"}
 
 

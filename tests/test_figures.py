@@ -14,6 +14,7 @@ from minimoe import (
     exponents_chart,
     lr_curves,
     predicted_exponents,
+    predictions,
     router_rules,
     sweep,
     tensor_curves,
@@ -75,7 +76,7 @@ def test_drift_chart_has_a_row_for_each_table_and_hollow_points_without_an_error
 def test_exponents_chart_draws_predictions_and_measurements_where_they_are(checked):
     table = exponents(checked[checked.parametrization == "early router"])
     predicted = predicted_exponents(Config(ROUTER_RULES["early router"]))
-    init, update = exponents_chart(predicted, table).axes
+    init, update = exponents_chart(predictions(Config(ROUTER_RULES["early router"])), table).axes
     diamonds = [line.get_xdata()[0] for line in update.lines if line.get_marker() == "D"]
     assert sorted(diamonds) == sorted(e for (_, quantity), e in predicted.items() if quantity == "update")
     row = table[(table.tensor == "router") & (table.quantity == "update")].iloc[0]

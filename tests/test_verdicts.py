@@ -8,7 +8,7 @@ import pytest
 
 from minimoe import PARAMETRIZATIONS, Config, coordinate_check, exponents, fan_in, mystery, predicted_exponents, suspects
 from minimoe.identity import tensor_numbers
-from minimoe.theory import TOLERANCE, site_labels
+from minimoe.theory import NONE, TOLERANCE, site_labels
 from minimoe.verdicts import BROKEN, diagnosis, is_harmless, mutants
 
 TINY = {"widths": (32, 64), "steps": 2, "seeds": (0,), "n_jobs": 1, "context": 16, "n_experts": 4}
@@ -145,8 +145,8 @@ def test_bad_frames(corpus):
 
 def test_a_model_with_other_names_is_judged_by_its_own():
     """Nothing here lists names: a made-up model's sites are blamed under its own roles."""
-    sites = {"lookup": ("tables", "input", ""), "lift": ("lifts", "hidden", ""), "sink": ("sinks", "hidden", "lift"),
-             "vote": ("votes", "output", "")}  # fmt: skip
+    sites = {"lookup": ("tables", "input", NONE), "lift": ("lifts", "hidden", NONE), "sink": ("sinks", "hidden", "lift"),
+             "vote": ("votes", "output", NONE)}  # fmt: skip
     slopes = {"lookup": (0, 0), "lift": (0.5, 0), "sink": (0.5, 0.5), "vote": (-0.5, 1)}
     rows = []
     for place, (tensor, (role, kind, source)) in enumerate(sites.items()):
@@ -167,4 +167,10 @@ def test_a_row_of_its_own_is_blamed_by_its_own_name(corpus):
     wrong = MUP.replace("attention_out", lr=1)
     frame = coordinate_check(wrong, **TINY | {"widths": (32, 64, 128)}, corpus=corpus)
     assert suspects(exponents(frame)).iloc[0][["role", "cell"]].tolist() == ["attention_out", "lr"]
-    assert set(exponents(frame).role) == {"", *wrong.roles}
+    assert set(exponents(frame).role) == {NONE, *wrong.roles}
+
+
+def test_a_check_is_read_from_a_csv_file_as_it_was(tmp_path, corpus):
+    frame = coordinate_check("simplep", **TINY | {"widths": (32, 64, 128)}, corpus=corpus)
+    frame.to_csv(tmp_path / "check.csv", index=False)
+    pd.testing.assert_frame_equal(exponents(pd.read_csv(tmp_path / "check.csv")), exponents(frame))
