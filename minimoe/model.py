@@ -69,7 +69,7 @@ class Attention(nn.Module):
 
 
 def mixture_by_mask(moe: MoE, x: Tensor, gates: Tensor, experts: Tensor) -> Tensor:
-    """Each token's gated sum of its experts' outputs, the obvious way: every expert on every token, then masked."""
+    """Each token's gated sum of its experts' outputs (N, D), the obvious way: every expert on every token, then masked."""
     weights = x.new_zeros(len(x), moe.config.experts).scatter(1, experts, gates)  # (N, E), 0 if inactive
     hidden = activated(moe.config.activation, torch.einsum("nd,edm->enm", x, moe.up_multiplier * moe.up))  # (E, N, M)
     outputs = torch.einsum("enm,emd->end", hidden, moe.down_multiplier * moe.down)
