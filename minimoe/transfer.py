@@ -187,8 +187,8 @@ def seed_optima(frame: pd.DataFrame, by: str = "width", loss: str = "val_loss") 
     best_octave: log2 of the LR where a parabola in log2 LR is least, fitted (least squares) to the seed's losses within an
     octave of the best grid LR of the mean curve. The parabola's curvature is the mean curve's: how flat a valley is belongs
     to the model, and is too noisy to be fitted seed by seed. Then the mean over seeds is the optimum of the mean curve.
-    An LR is used only if every seed has a run there. NaN where the best LR lies on the grid's edge, a loss near it is infinite, or the
-    parabola has no minimum within the octave. Raises ValueError as `mean_losses` does.
+    An LR is used only if every seed has a run there. NaN where the best LR lies on the grid's edge, a loss near it is
+    infinite, or the parabola has no minimum within the octave. Raises ValueError as `mean_losses` does.
     """
     rows = []
     for (name, value), own in _points(frame, by, loss).groupby(["parametrization", by], sort=False):
