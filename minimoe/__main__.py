@@ -22,13 +22,12 @@ from .figures import lr_curves
 from .flags import add_config, add_training, config_fields, number, numbers, path_field, train_fields
 from .grids import WIDTHS
 from .model import MiniMoE
-from .probe import OUTSIDE
 from .step import TrainOptions
 from .sweeps import LRS, read_sweep, sweep
 from .tables import PARAMETRIZATIONS
 from .training import train
 from .transfer import sentence, transfer_report
-from .verdicts import diagnosis, exponents
+from .verdicts import diagnosis, exponents, exponents_text, parts_text
 
 DEMO_STEPS = 140  # enough for SP's optimum to move by an octave per doubling, and two minutes on two cores
 
@@ -284,9 +283,9 @@ def _coords(options: argparse.Namespace) -> None:
     table, axis = exponents(frame), size_axis(frame)
     said = diagnosis(table) if axis == "width" else {}
     for name, rows in table.groupby("parametrization", sort=False):
-        print(f"{name}: exponents in the {axis}, measured (predicted)\n{_exponents_table(rows)}\n")
+        print(f"{name}: exponents in the {axis}, measured (predicted)\n{exponents_text(rows)}\n")
         if axis != "width":
-            print(f"{name}: parts of the MoE's change\n{_parts_table(rows)}\n")
+            print(f"{name}: parts of the MoE's change\n{parts_text(rows)}\n")
         if name in said:
             print(f"{name}: {said[name]}\n")
     if options.csv:
@@ -302,33 +301,6 @@ def _make_writable(*paths: str | None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK) or Path(path).is_dir():
             raise OSError(f"{path} cannot be written")
-
-
-def _exponents_table(table: pd.DataFrame) -> str:
-    """One row per tensor, for a terminal."""
-    rows = []
-    for (layer, tensor), group in table.groupby(["layer", "tensor"], sort=False):
-        row = {"layer": "" if layer == OUTSIDE else layer, "tensor": tensor}
-        for quantity in ("init", "update", "drift", "change"):
-            for found in group[group.quantity == quantity].itertuples():
-                predicted = "" if math.isnan(found.predicted) else f" ({found.predicted + 0.0:+.1f})"
-                row[quantity] = f"{found.measured:+.2f}{predicted}" if found.verdict != "zero" else "zero"
-        row["alignment"] = group.alignment.max()
-        judged = group[group.quantity.isin(("init", "update")) & ~group.verdict.isin(("holds", "unjudged"))]
-        broken = [f"{found.quantity} {found.verdict}" for found in judged.itertuples()]
-        row["verdict"] = ", ".join(broken) or "holds"
-        row["agrees"] = "yes" if group.agrees.dropna().all() else "no"
-        rows.append(row)
-    return pd.DataFrame(rows).to_string(index=False, na_rep="", float_format="{:.2f}".format)
-
-
-def _parts_table(table: pd.DataFrame) -> str:
-    """One row per layer, a column per part of the MoE's change, for a terminal."""
-    parts = table[table.quantity.str.startswith(("from_", "pull_"))]
-    words = [f"{part.measured:+.2f}" + ("" if math.isnan(part.predicted) else f" ({part.predicted + 0.0:+.1f})")
-             for part in parts.itertuples()]  # fmt: skip
-    wide = parts.assign(words=words).pivot(index="layer", columns="quantity", values="words")
-    return wide[parts.quantity.unique()].to_string(na_rep="")
 
 
 def _explain(options: argparse.Namespace) -> None:

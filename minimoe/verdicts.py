@@ -16,6 +16,7 @@ import torch
 from .config import Config, require
 from .coordinates import size_axis
 from .parametrization import FORWARD_CELLS, Parametrization, width
+from .probe import OUTSIDE
 from .tables import parametrization
 from .theory import MUP_INIT, NONE, TOLERANCE, site_labels, wanted
 
@@ -162,6 +163,33 @@ def diagnosis(table: pd.DataFrame) -> dict[str, str]:
             cells = (f"{s.role}.{s.cell} is too large by width^{s.power:+.2f} ({s.because})" for s in own.itertuples())
             said[name] = "; ".join(cells) + "."
     return said
+
+
+def exponents_text(table: pd.DataFrame) -> str:
+    """One row per tensor, for a terminal."""
+    rows = []
+    for (layer, tensor), group in table.groupby(["layer", "tensor"], sort=False):
+        row = {"layer": "" if layer == OUTSIDE else layer, "tensor": tensor}
+        for quantity in ("init", "update", "drift", "change"):
+            for found in group[group.quantity == quantity].itertuples():
+                predicted = "" if math.isnan(found.predicted) else f" ({found.predicted + 0.0:+.1f})"
+                row[quantity] = f"{found.measured:+.2f}{predicted}" if found.verdict != "zero" else "zero"
+        row["alignment"] = group.alignment.max()
+        judged = group[group.quantity.isin(("init", "update")) & ~group.verdict.isin(("holds", "unjudged"))]
+        broken = [f"{found.quantity} {found.verdict}" for found in judged.itertuples()]
+        row["verdict"] = ", ".join(broken) or "holds"
+        row["agrees"] = "yes" if group.agrees.dropna().all() else "no"
+        rows.append(row)
+    return pd.DataFrame(rows).to_string(index=False, na_rep="", float_format="{:.2f}".format)
+
+
+def parts_text(table: pd.DataFrame) -> str:
+    """One row per layer, a column per part of the MoE's change, for a terminal."""
+    parts = table[table.quantity.str.startswith(("from_", "pull_"))]
+    words = [f"{part.measured:+.2f}" + ("" if math.isnan(part.predicted) else f" ({part.predicted + 0.0:+.1f})")
+             for part in parts.itertuples()]  # fmt: skip
+    wide = parts.assign(words=words).pivot(index="layer", columns="quantity", values="words")
+    return wide[parts.quantity.unique()].to_string(na_rep="")
 
 
 def mutants(table: str | Parametrization = "mup") -> Iterator[tuple[str, str, Parametrization]]:
