@@ -46,18 +46,17 @@ SMALL = {"base_width": 16}  # width 64 is four times that, at a third of the pri
 def centred_sweep(store: Path, widths: tuple[int, ...], tables: tuple) -> None:
     """A pilot and then the sweep that it centres, both in `store`."""
     pilot = sweep(widths, tables, OCTAVES, (0,), STEPS, options=OPTIONS, store=store)
-    best = transfer_report(pilot).set_index("parametrization")
+    best = transfer_report(pilot).set_index(["parametrization", "width"]).grid_lr
     for table in tables:
         transferred = set()
         for width in widths:
-            grid_lr = best[f"grid_lr_{width}"][getattr(table, "name", table)]
-            centre = round(math.log2(grid_lr))
+            centre = round(math.log2(best[getattr(table, "name", table), width]))
             print(f"{getattr(table, 'name', table)}, width {width}: pilot optimum 2^{centre}", flush=True)
             halves = [2.0 ** (centre + half / 2) for half in range(-4, 4)]
             grid = sorted({*halves, *OCTAVES, *transferred})
             frame = sweep((width,), (table,), grid, SEEDS, STEPS, options=OPTIONS, store=store)
             if width == widths[0]:
-                transferred = {transfer_report(frame)[f"grid_lr_{width}"][0]}
+                transferred = set(transfer_report(frame).grid_lr)
 
 
 def transfer() -> None:

@@ -37,7 +37,7 @@ _HOMES = {
     "tables": ("PARAMETRIZATIONS", "ROUTER_RULES", "shift"),
     "theory": ("predicted_exponents", "predictions"),
     "training": ("Run", "train"),
-    "transfer": ("drift_report", "drift_words", "losses_at", "regrets", "transfer_report"),
+    "transfer": ("drift_words", "losses_at", "regrets", "summary", "transfer_report"),
     "verdicts": ("exponents", "mystery", "suspects"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -19,16 +20,17 @@ from .coordinates import ROUTINGS, coordinate_check, size_axis
 from .corpus import load_corpus
 from .explanations import explain, marked, side_by_side
 from .figures import lr_curves
-from .flags import add_config, add_training, config_fields, number, numbers, path_field, train_fields
+from .flags import add_argument, add_config, add_training, config_fields, number, numbers, path_field, train_fields
 from .grids import WIDTHS
 from .model import MiniMoE
 from .step import TrainOptions
-from .sweeps import LRS, read_sweep, sweep
+from .sweeps import read_sweep, sweep
 from .tables import PARAMETRIZATIONS
 from .training import train
-from .transfer import sentence, transfer_report
+from .transfer import sentence, summary, transfer_report
 from .verdicts import diagnosis, exponents, exponents_text, parts_text
 
+NAMES = f"of {', '.join(PARAMETRIZATIONS)}"
 DEMO_STEPS = 140  # enough for SP's optimum to move by an octave per doubling, and two minutes on two cores
 
 EPILOG = """\
@@ -81,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 
     one = command("train", _train, "train one model\n\nPrints its history of losses; --save keeps it for `minimoe sample`.")
     add_config(one)
-    one.add_argument("--lr", type=number, default=2.0**-6, help="base learning rate, e.g. 0.01 or 2^-6 (default 2^-6)")
+    add_argument(one, explain, "lr", "base learning rate, e.g. 0.01 or 2^-6", type=number)
     add_training(one)
     one.add_argument("--seed", type=int, default=0, help="of the initial weights and the data order (default 0)")
     one.add_argument("--save", metavar="FILE", help="write the trained model here")
@@ -104,18 +106,10 @@ def _parser() -> argparse.ArgumentParser:
         help="sizes that grow together, e.g. width=32,64,128 n_experts=4,8,16",
     )
     many.add_argument("--by", help="the axis to report (default: the one that has several values, or width)")
-    many.add_argument(
-        "--parametrizations", nargs="+", default=list(PARAMETRIZATIONS), metavar="NAME", help=f"of {', '.join(PARAMETRIZATIONS)}"
-    )
-    many.add_argument(
-        "--lrs",
-        type=numbers,
-        nargs="+",
-        metavar="LR",
-        default=[LRS],
-        help="numbers (0.01, 2^-6.5), or ranges of octaves such as 2^-10:2^-3, or :0.5 for halves",
-    )
-    many.add_argument("--seeds", type=int, nargs="+", default=[0])
+    add_argument(many, sweep, "parametrizations", NAMES, metavar="NAME")
+    octaves = "numbers (0.01, 2^-6.5), or ranges of octaves such as 2^-10:2^-3, or :0.5 for halves"
+    add_argument(many, sweep, "lrs", octaves, type=numbers, metavar="LR")
+    add_argument(many, sweep, "seeds", "of initial weights and data order", type=int)
     add_config(many, without=("width", "parametrization"), several=True)
     add_training(many, several=True)
     many.add_argument("--jobs", type=int, help="processes on a CPU (default: one per core)")
@@ -123,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
 
     report = command("report", _report, "say what a run store shows: optimum, drift and regret")
     report.add_argument("store", metavar="STORE", help="a file that `sweep` or `demo` wrote")
-    report.add_argument("--by", default="width", help="the axis of transfer, a Config field (default width)")
+    add_argument(report, transfer_report, "by", "the axis of transfer: a field of Config, batch_size or steps")
     report.add_argument("--figure", metavar="PNG", help="draw the curves here")
     report.add_argument(
         "--where",
@@ -140,20 +134,13 @@ def _parser() -> argparse.ArgumentParser:
         "Prints measured exponents (predicted ones in brackets) and the cells that the check condemns. Another size grows where\n"
         "one width and several values are given: --widths 64 --granularity 1 2 4 --base-granularity 1.",
     )
-    coords.add_argument(
-        "--parametrization",
-        dest="parametrizations",
-        nargs="+",
-        default=["mup"],
-        metavar="NAME",
-        help=f"of {', '.join(PARAMETRIZATIONS)}",
-    )
-    coords.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512])
-    coords.add_argument("--steps", type=int, default=5, help="optimiser steps (default 5)")
-    coords.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    coords.add_argument("--lr", type=number, default=2.0**-13, help="constant learning rate (default 2^-13)")
-    coords.add_argument("--corpus", default="pydocs", help="pydocs, shakespeare or a UTF-8 text file (default pydocs)")
-    coords.add_argument("--routing", choices=ROUTINGS, default="free", help="see `coordinate_check` (default free)")
+    add_argument(coords, coordinate_check, "parametrization", NAMES, nargs="+", metavar="NAME")
+    add_argument(coords, coordinate_check, "widths", "sizes of the residual stream", type=int)
+    add_argument(coords, coordinate_check, "steps", "optimiser steps", type=int)
+    add_argument(coords, coordinate_check, "seeds", "of initial weights and data order", type=int)
+    add_argument(coords, coordinate_check, "lr", "constant learning rate", type=number)
+    add_argument(coords, coordinate_check, "corpus", "pydocs, shakespeare or a UTF-8 text file")
+    add_argument(coords, coordinate_check, "routing", "see `coordinate_check`", choices=ROUTINGS)
     coords.add_argument("--jobs", type=int, help="processes on a CPU (default: one per core)")
     coords.add_argument("--device", help="cpu or cuda (default: a GPU when there is one)")
     coords.add_argument("--csv", metavar="FILE", help="write the whole exponents table here")
@@ -161,8 +148,8 @@ def _parser() -> argparse.ArgumentParser:
     add_config(coords, without=("parametrization", "width"), several=True)
 
     rules = command("explain", _explain, "show a parametrization's table, and what it gives each tensor")
-    rules.add_argument("--parametrization", nargs="+", default=["mup"], metavar="NAME", help=f"of {', '.join(PARAMETRIZATIONS)}")
-    rules.add_argument("--lr", type=number, default=2.0**-6, help="base learning rate of effective_lr (default 2^-6)")
+    rules.add_argument("--parametrization", nargs="+", default=[Config.parametrization], metavar="NAME", help=NAMES)
+    add_argument(rules, explain, "lr", "base learning rate of effective_lr", type=number)
     add_config(rules, without=("parametrization",))
 
     sample = command("sample", _sample, "let a trained model write")
@@ -192,7 +179,7 @@ def _show(frame: pd.DataFrame, by: str, figure: str | None) -> None:
     """The report as a table, a sentence per parametrization, and the figure."""
     report = transfer_report(frame, by)
     print(_report_table(report, by), "\n")
-    print("\n".join(sentence(row, by) for _, row in report.iterrows()))
+    print("\n".join(sentence(rows, by) for _, rows in report.groupby("parametrization", sort=False)))
     if figure:
         Path(figure).parent.mkdir(parents=True, exist_ok=True)
         lr_curves(frame, by).savefig(figure, dpi=150)
@@ -200,23 +187,22 @@ def _show(frame: pd.DataFrame, by: str, figure: str | None) -> None:
 
 
 def _report_table(report: pd.DataFrame, by: str) -> str:
-    """The report for a terminal: best LRs as log2, an asterisk at the edge of the grid."""
-
-    def best(row, value):
-        if math.isnan(row[f"best_lr_{value}"]):
-            return "none"
-        return f"2^{math.log2(row[f'best_lr_{value}']):.2f}{'*' if row[f'on_edge_{value}'] else ''}"
-
-    values = [c.removeprefix("best_lr_") for c in report.columns if c.startswith("best_lr_")]
-    table = pd.DataFrame({"parametrization": report.parametrization})
-    for value in values:
-        table[f"best LR, {by} {value}"] = [best(row, value) for _, row in report.iterrows()]
-        table[f"loss, {value}"] = report[f"best_loss_{value}"].map("{:.3f}".format)
-    table["drift (octaves)"] = report.drift_octaves.map("{:+.2f}".format)
-    table["regret (nats)"] = report.regret.map("{:.3f}".format)
-    table["wider is worse"] = report.wider_is_better
+    """The report for a terminal, a row per parametrization: best LRs as log2, an asterisk at the edge of the grid."""
+    compared = summary(report).set_index("parametrization")
+    table = pd.DataFrame(index=compared.index)
+    for size, rows in report.set_index("parametrization").groupby(by):
+        table[f"best LR, {by} {size}"] = pd.Series({row.Index: _best_lr(row) for row in rows.itertuples()})
+        table[f"loss, {size}"] = rows.best_loss.map("{:.3f}".format)
+    table["drift (octaves)"] = compared.drift_octaves.map("{:+.2f}".format)
+    table["regret (nats)"] = compared.regret.map("{:.3f}".format)
+    table["larger is worse"] = compared.larger_is_worse
     edge = "\n* on the edge of the grid, or beside a diverged run" if report.on_edge.any() else ""
-    return table.to_string(index=False) + edge
+    return table.reset_index().to_string(index=False, na_rep="") + edge
+
+
+def _best_lr(row) -> str:
+    """A row's best LR as a power of two."""
+    return "none" if math.isnan(row.best_lr) else f"2^{math.log2(row.best_lr):.2f}{'*' if row.on_edge else ''}"
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -239,7 +225,7 @@ def _sweep(options: argparse.Namespace) -> None:
     frame = sweep(
         options.widths,
         options.parametrizations,
-        [lr for lrs in options.lrs for lr in lrs],
+        _flat(options.lrs),
         options.seeds,
         options.steps,
         options.corpus,
@@ -258,6 +244,11 @@ def _sweep(options: argparse.Namespace) -> None:
         print(f"minimoe report {options.store} --by {grown[0]} --where {grown[1]}=...")
 
 
+def _flat(lrs: Sequence) -> list[float]:
+    """Numbers and ranges of numbers, as `--lrs` reads them, in one list."""
+    return [lr for part in lrs for lr in (part if isinstance(part, tuple) else (part,))]
+
+
 def _report(options: argparse.Namespace) -> None:
     frame = read_sweep(options.store)
     for condition in options.where:
@@ -269,7 +260,7 @@ def _coords(options: argparse.Namespace) -> None:
     start = time.perf_counter()
     _make_writable(options.figure, options.csv)
     frame = coordinate_check(
-        options.parametrizations,
+        options.parametrization,
         options.widths,
         options.steps,
         options.seeds,

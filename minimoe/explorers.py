@@ -32,6 +32,7 @@ from .verdicts import diagnosis, exponents
 
 DPI = 90
 PLURALS = {"width": "widths", "n_experts": "experts", "granularity": "granularities"}
+END = "the end"  # in place of a step, where runs differ in length
 AT_FIRST = 6  # tables shown before the reader has chosen
 LARGEST_LIVE = 128  # width that a laptop trains in seconds
 CHOICES: tuple[Monomial | float, ...] = (  # what a cell can be set to; an embedding's fan_in never grows, the width does
@@ -101,16 +102,18 @@ def _html_table(table: pd.DataFrame) -> str:
 class LRExplorer(Explorer):
     """Loss against LR from shipped sweeps: choose tables, widths, step and seeds; drag "my LR" and read what it costs.
 
-    frame: as `read_sweep` returns it, with histories. by: the axis of transfer: width, n_experts, granularity or another
-    field that is a number. names: what the parametrizations are called here, e.g. "arms" for rows that `arms.labelled` has
-    named. Panels are these, curves the values of `by`, or the other way round. Nothing is trained here; `live` rows, from a
-    `LiveSweep`, are drawn dashed.
+    frame: as `read_sweep` returns it, with histories. by: the axis of transfer: any column of numbers, as in `mean_losses`;
+    over by="steps" the slider also has "the end" of each run. names: what the parametrizations are called here, e.g. "arms"
+    for rows that `arms.labelled` has named. Panels are these, curves the values of `by`, or the other way round. Nothing is
+    trained here; `live` rows, from a `LiveSweep`, are drawn dashed.
     """
 
     def __init__(self, frame: pd.DataFrame, by: str = "width", names: str = "tables"):
         self.frame, self.by, self.live = frame, by, frame.iloc[:0]
         recorded = [{record["step"] for record in history} for history in frame.history[~frame.diverged]]
         steps = sorted(set.intersection(*recorded)) if recorded else []
+        if by == "steps":
+            steps.append(END)
         if not steps:
             raise ValueError("the runs that did not diverge have no recorded step in common: select one length of training")
         tables, values, seeds = (list(dict.fromkeys(frame[c])) for c in ("parametrization", by, "seed"))
@@ -141,7 +144,7 @@ class LRExplorer(Explorer):
             frame = frame[frame[column].isin(control.value)]
             if frame.empty:
                 raise ValueError(f"choose at least one of {control.description}")
-        return losses_at(frame, self.step.value)
+        return frame if self.step.value == END else losses_at(frame, self.step.value)
 
     def add_live(self, rows: pd.DataFrame) -> None:
         """Draw these rows too, dashed, in place of earlier ones of the same curves."""

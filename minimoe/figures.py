@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
-from .transfer import mean_losses, optimum, transfer_report
+from .transfer import mean_losses, optimum, summary, transfer_report
 
 MARKERS = "osD^vPX<>h"
 ALERT, QUIET = "#c1121f", "#333333"  # broken, and not
@@ -112,8 +112,8 @@ def _panels(number: int, loss: str) -> tuple[Figure, list[Axes]]:
 
 def _titles(frame: pd.DataFrame, by: str, loss: str) -> dict[str, str]:
     """parametrization -> its name, and how far its best LR drifts."""
-    reports = transfer_report(frame, by, loss).set_index("parametrization")
-    return {name: f"{name}\n{_drift(report)}" for name, report in reports.iterrows()}
+    compared = summary(transfer_report(frame, by, loss))
+    return {row.parametrization: f"{row.parametrization}\n{_drift(row)}" for row in compared.itertuples()}
 
 
 def table_styles(names: Iterable[str]) -> dict[str, dict]:
@@ -133,10 +133,11 @@ def fit_losses(axes: Axes, means: pd.DataFrame) -> float:
     return top
 
 
-def _drift(report: pd.Series) -> str:
-    if report.on_edge:
+def _drift(compared) -> str:
+    """A row of `summary` in words."""
+    if compared.on_edge:
         return "an optimum lies on the grid's edge"
-    return f"the best LR drifts by {report.drift_octaves:+.2f} octaves"
+    return f"the best LR drifts by {compared.drift_octaves:+.2f} octaves"
 
 
 def draw_curve(axes: Axes, curve: pd.DataFrame, name: str, look: dict, ceiling: float, minima: bool) -> Line2D:
@@ -150,12 +151,12 @@ def draw_curve(axes: Axes, curve: pd.DataFrame, name: str, look: dict, ceiling: 
     lost = lrs[~(losses <= ceiling)]  # diverged, or above the picture
     axes.plot(lost, np.full(len(lost), ceiling), "x", color=look["color"], markersize=6)
     found = optimum(lrs, losses)
-    if minima and math.isfinite(found["loss"]):
+    if minima and math.isfinite(found["best_loss"]):
         face = "none" if found["on_edge"] else look["color"]
         axes.axvline(found["best_lr"], color=look["color"], linestyle=":", linewidth=1.2)
         axes.plot(
             found["best_lr"],
-            found["loss"],
+            found["best_loss"],
             "*",
             markersize=12,
             color=look["color"],
@@ -179,7 +180,7 @@ def label_octaves(axes: Axes, lrs: list[float]) -> None:
 def drift_chart(report: pd.DataFrame, by: str, references: dict[str, float] | None = None) -> Figure:
     """How far the best LR moves per doubling of `by`: a row per parametrization, thick bars one standard error, thin ones two.
 
-    report: from `drift_report`. A hollow point is one seed, without an error; a row without an optimum is said to have none.
+    report: from `summary`. A hollow point is one seed, without an error; a row without an optimum is said to have none.
     references: name -> octaves per doubling, e.g. what papers say, each a vertical line. Raises ValueError for no rows.
     """
     if report.empty:

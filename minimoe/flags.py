@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import math
 import re
+from collections.abc import Callable
 
 from .config import Config
 from .grids import STEPS
@@ -32,6 +33,22 @@ def numbers(text: str) -> tuple[float, ...]:
         raise ValueError("a range is low:high or low:high:octaves, with 0 < low <= high")
     count = int(math.log2(last / first) / step + 1e-9) + 1
     return tuple(first * 2 ** (i * step) for i in range(count))
+
+
+def add_argument(parser: argparse.ArgumentParser, function: Callable, name: str, about: str, **settings) -> None:
+    """A flag for an argument of a function, whose default it takes; several values where the default has several."""
+    default = inspect.signature(function).parameters[name].default
+    if isinstance(default, tuple):
+        settings = {"nargs": "+"} | settings
+    parser.add_argument(f"--{name}", default=default, help=f"{about} (default {_shown(default)})", **settings)
+
+
+def _shown(value) -> str:
+    """A default as one would write it on the command line: 2^-6 and not 0.015625."""
+    if isinstance(value, tuple):
+        return " ".join(map(_shown, value))
+    octave = math.log2(value) if isinstance(value, float) and value > 0 else math.nan
+    return f"2^{octave:g}" if octave.is_integer() else str(value)
 
 
 def _field_help(kind: type) -> dict[str, str]:

@@ -86,6 +86,30 @@ def test_expert_count_granularity_and_arms_are_axes(by, label, fields, corpus):
     assert f"at {by}" in explorer.text.value
 
 
+def test_batch_size_steps_and_sizes_on_a_path_are_axes(corpus):
+    def trained(**axes):
+        return sweep(axes.pop("width", (32,)), ("sp",), LRS, (0,), corpus=corpus, n_jobs=1, progress=False, context=16, **axes)
+
+    batches = LRExplorer(trained(steps=4, batch_size=(2, 4)), "batch_size")
+    assert (batches.values.description, batches.values.options) == ("batch size", (2, 4))
+    assert picture_changed(batches, batches.values, (2,))
+    assert "at batch_size" in batches.text.value
+    grown = LRExplorer(trained(width=None, steps=4, path={"width": (32, 64), "n_experts": (4, 8)}), "n_experts")
+    assert grown.figure.legends[0].get_title().get_text() == "n experts"
+    assert list(grown.regrets().columns) == [4, 8]
+
+
+def test_runs_of_different_lengths_are_compared_at_a_step_or_at_their_ends(corpus):
+    rows = sweep((32,), ("sp",), LRS, (0,), (3, 6), corpus, n_jobs=1, progress=False, context=16)
+    explorer = LRExplorer(rows, "steps")
+    assert explorer.step.options == (1, 2, 3, "the end")
+    assert explorer.step.value == "the end"
+    expected = regrets(rows, 2.0**-6, "steps").set_index("steps").regret
+    assert explorer.regrets().loc["sp"].to_dict() == expected.to_dict()
+    assert picture_changed(explorer, explorer.step, 3)
+    assert explorer.chosen().val_loss.tolist() == losses_at(rows, 3).val_loss.tolist()
+
+
 def test_choices_choose_rows(swept):
     explorer = LRExplorer(swept)
     assert picture_changed(explorer, explorer.tables, ("mup",))

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minimoe import lr_curves, transfer_report
+from minimoe import drift_chart, drift_words, lr_curves, summary, transfer_report
 from minimoe.figures import styles
-from minimoe.transfer import drift_report, drift_words, optimum, seed_optima, sentence
+from minimoe.transfer import optimum, seed_optima, sentence
 
 
 def frame(curves, name="mup", seeds=(0,)):
@@ -43,66 +43,148 @@ def test_the_vertex_on_an_uneven_grid():
     assert math.log2(found["best_lr"]) == pytest.approx(-6.7)
 
 
-def test_report_of_drift_regret_and_wider_is_better():
+COLUMNS = [
+    *("parametrization", "width", "grid_lr", "best_lr", "best_loss", "on_edge", "octave", "octave_error"),
+    *("drift_octaves", "drift", "drift_error", "per_doubling", "per_doubling_error", "regret", "regret_error"),
+    *("seeds", "seeds_with_optimum"),
+]
+
+
+def test_the_report_has_a_row_for_each_size_and_the_summary_one_for_each_parametrization():
     report = transfer_report(frame({32: parabola(-6, 2.4), 64: parabola(-7, 2.5), 128: parabola(-8, 2.3)}))
-    (row,) = report.to_dict("records")
-    assert row["best_lr_32"] == pytest.approx(2**-6)
+    assert list(report.columns) == COLUMNS
+    assert report.width.tolist() == [32, 64, 128]
+    assert report.best_lr.tolist() == pytest.approx([2**-6, 2**-7, 2**-8])
+    assert report.drift_octaves.tolist() == pytest.approx([0, -1, -2])
+    assert report.regret.tolist() == pytest.approx([0, 0.1, 0.4])
+    assert report.best_loss.tolist() == pytest.approx([2.4, 2.5, 2.3])
+    assert not report.on_edge.any()
+    (row,) = summary(report).to_dict("records")
+    assert row["width"] == 128
     assert row["drift_octaves"] == pytest.approx(-2)
     assert row["regret"] == pytest.approx(0.4)
-    assert row["wider_is_better"] == 1
+    assert row["larger_is_worse"] == 1
     assert not row["on_edge"]
-    assert "moves by -2.00 octaves" in sentence(report.iloc[0])
+    assert "from width 32 to 128 the best LR moves by -2.00 octaves" in sentence(report)
+
+
+@pytest.mark.parametrize(
+    ("floors", "worse"), [((2.4, 2.3, 2.2), 0), ((2.2, 2.3, 2.4), 2), ((2.4, 2.4, 2.5), 1), ((2.4, math.inf, 2.3), 1)]
+)
+def test_pairs_in_which_the_larger_is_worse_are_counted(floors, worse):
+    curves = {width: parabola(-6, floor) for width, floor in zip((32, 64, 128), floors, strict=True)}
+    assert summary(transfer_report(frame(curves))).larger_is_worse[0] == worse
+
+
+def test_sizes_ascend_and_parametrizations_keep_their_order():
+    rows = pd.concat([frame({128: parabola(-6, 2), 32: parabola(-7, 2)}, "sp"), frame({64: parabola(-6, 2)}, "mup")])
+    report = transfer_report(rows)
+    assert list(zip(report.parametrization, report.width, strict=True)) == [("sp", 32), ("sp", 128), ("mup", 64)]
+    assert report.drift_octaves.tolist() == pytest.approx([0, 1, 0])  # each compared with its own smallest
+    assert summary(report).parametrization.tolist() == ["sp", "mup"]
 
 
 def test_regret_takes_the_small_models_grid_point_not_its_vertex():
     report = transfer_report(frame({32: parabola(-6.4, 2.4), 64: parabola(-7, 2.3)}))
-    assert report.regret[0] == pytest.approx(0.1)  # grid best at -6; (-6 + 7)^2 * 0.1
-    assert math.log2(report.best_lr_32[0]) == pytest.approx(-6.4)
+    assert report.regret[1] == pytest.approx(0.1)  # grid best at -6; (-6 + 7)^2 * 0.1
+    assert math.log2(report.best_lr[0]) == pytest.approx(-6.4)
 
 
 def test_a_minimum_on_the_edge_is_not_an_optimum():
     report = transfer_report(frame({32: parabola(-6, 2.4), 64: parabola(-12, 2.3)}))
-    assert report.on_edge[0]
-    assert report.on_edge_64[0]
-    assert not report.on_edge_32[0]
-    assert report.best_lr_64[0] == 2**-10
-    assert "a bound only: the minimum at width 64 lies on the grid's edge" in sentence(report.iloc[0])
+    assert report.on_edge.tolist() == [False, True]
+    assert summary(report).on_edge[0]
+    assert report.best_lr[1] == 2**-10
+    assert "a bound only: the minimum at width 64 lies on the grid's edge" in sentence(report)
+    assert summary(transfer_report(frame({32: parabola(-12, 2.4), 64: parabola(-6, 2.3)}))).on_edge[0], "of any size"
 
 
 def test_a_minimum_beside_a_diverged_run_is_the_grid_point():
     curve = parabola(-6, 2.4) | {-5: math.inf, -4: math.inf, -3: math.inf}
     row = transfer_report(frame({32: curve, 64: parabola(-6, 2.3)})).iloc[0]
-    assert row.on_edge_32
-    assert row.best_lr_32 == 2**-6
+    assert row.on_edge
+    assert row.best_lr == 2**-6
 
 
 def test_regret_is_infinite_where_the_transferred_lr_diverges():
     large = parabola(-8, 2.3) | {-6: math.inf, -5: math.inf, -4: math.inf, -3: math.inf}
-    assert transfer_report(frame({32: parabola(-6, 2.4), 64: large})).regret[0] == math.inf
+    assert transfer_report(frame({32: parabola(-6, 2.4), 64: large})).regret[1] == math.inf
+
+
+def test_regret_is_unknown_where_the_transferred_lr_was_not_tried():
+    rows = frame({32: parabola(-6, 2.4), 64: parabola(-8, 2.3, range(-10, -6))}, seeds=(0, 1))
+    report = transfer_report(rows)
+    assert report[["regret", "regret_error"]].iloc[1].isna().all()
+    assert report.drift_octaves[1] == pytest.approx(-2)
 
 
 def test_all_diverged_is_reported_and_not_a_crash():
     dead = dict.fromkeys(range(-10, -2), math.inf)
-    row = transfer_report(frame({32: parabola(-6, 2.4), 64: dead})).iloc[0]
-    assert math.isnan(row.best_lr_64)
-    assert math.isnan(row.regret)
-    assert row.on_edge
+    for curves, place in (({32: parabola(-6, 2.4), 64: dead}, 1), ({32: dead, 64: parabola(-6, 2.4)}, 0)):
+        report = transfer_report(frame(curves))
+        assert math.isnan(report.best_lr[place])
+        assert math.isnan(report.regret[1])
+        assert report.on_edge[place]
+        assert summary(report).on_edge[0]
 
 
 def test_losses_are_averaged_over_seeds_and_parametrizations_kept_apart():
     low, high = frame({32: parabola(-6, 2.4), 64: parabola(-6, 2.2)}), frame({32: parabola(-6, 2.6), 64: parabola(-6, 2.4)})
     high["seed"] = 1
     other = frame({32: parabola(-6, 2.4), 64: parabola(-9, 2.2)}, name="sp")
-    report = transfer_report(pd.concat([low, high, other])).set_index("parametrization")
-    assert report.best_loss_32["mup"] == pytest.approx(2.5)
-    assert report.seeds["mup"] == 2
-    assert report.seeds["sp"] == 1
-    assert report.drift_octaves["sp"] == pytest.approx(-3)
+    report = transfer_report(pd.concat([low, high, other])).set_index(["parametrization", "width"])
+    assert report.best_loss["mup", 32] == pytest.approx(2.5)
+    assert set(report.seeds["mup"]) == {2}
+    assert set(report.seeds["sp"]) == {1}
+    assert report.drift_octaves["sp", 64] == pytest.approx(-3)
 
 
-def test_by_any_column():
-    experts = frame({2: parabola(-6, 2.4), 8: parabola(-6.5, 2.3)}).rename(columns={"width": "n_experts"})
-    assert transfer_report(experts, by="n_experts").drift_octaves[0] == pytest.approx(-0.5)
+def test_rows_without_a_seed_are_seeds():
+    rows = frame({32: parabola(-6, 2.4), 64: parabola(-6.5, 2.2)}, seeds=(0, 1))
+    pd.testing.assert_frame_equal(transfer_report(rows.drop(columns="seed")), transfer_report(rows))
+
+
+def test_the_summary_has_the_fewest_seeds():
+    rows = frame({32: parabola(-6, 2.4), 64: parabola(-6, 2.2)}, seeds=(0, 1, 2))
+    report = transfer_report(rows[(rows.width == 32) | (rows.seed < 2) | (rows.lr != 2**-10)])
+    assert report.seeds.tolist() == [3, 2]
+    assert report.seeds_with_optimum.tolist() == [3, 3]
+    assert summary(report)[["seeds", "seeds_with_optimum"]].values.tolist() == [[2, 3]]
+
+
+@pytest.mark.parametrize("by", ["n_experts", "granularity", "depth", "batch_size", "steps", "base_width", "z_weight"])
+def test_any_column_of_numbers_is_an_axis(by):
+    values = (0.5, 2.0) if by == "z_weight" else (2, 8)
+    rows = frame(dict(zip(values, (parabola(-6, 2.4), parabola(-6.5, 2.3)), strict=True)), seeds=(0, 1))
+    rows = rows.rename(columns={"width": by}).assign(width=64)
+    report = transfer_report(rows, by)
+    assert report[by].tolist() == list(values)
+    assert report.drift_octaves[1] == pytest.approx(-0.5)
+    assert summary(report).per_doubling[0] == pytest.approx(-0.25)
+    label = by.replace("_", " ")
+    assert lr_curves(rows, by).legends[0].get_title().get_text() == label
+    assert [axes.get_title() for axes in lr_curves(rows, by, swapped=True).axes] == [f"{label} {value:g}" for value in values]
+    (axes,) = drift_chart(summary(report), by).axes
+    assert axes.get_xlabel() == f"octaves of the best LR per doubling of {label}"
+
+
+def test_a_size_of_zero_has_no_doublings():
+    rows = frame({0.0: parabola(-6, 2.4), 0.01: parabola(-6.5, 2.3)}).rename(columns={"width": "z_weight"})
+    row = summary(transfer_report(rows, "z_weight")).iloc[0]
+    assert row.drift == pytest.approx(-0.5)
+    assert math.isnan(row.per_doubling)
+
+
+@pytest.mark.parametrize("by", ["width", "n_experts"])
+def test_sizes_that_grow_together_are_one_axis(by):
+    rows = frame({32: parabola(-6, 2.4), 64: parabola(-6.5, 2.3), 128: parabola(-7, 2.2)})
+    rows = rows.assign(n_experts=rows.width // 8, top_k=rows.width // 32)
+    report = transfer_report(rows, by)
+    assert report[by].tolist() == sorted(set(rows[by]))
+    assert report.drift_octaves.tolist() == pytest.approx([0, -0.5, -1])
+    assert summary(report).per_doubling[0] == pytest.approx(-0.5)
+    with pytest.raises(ValueError, match="differ in n_experts: select one"):
+        transfer_report(rows.assign(depth=2), "depth")
 
 
 def test_rows_that_differ_in_something_else_are_not_averaged():
@@ -113,7 +195,7 @@ def test_rows_that_differ_in_something_else_are_not_averaged():
     wide = pd.concat([one, two[two.width == 64].assign(steps=100)])  # the same points twice are one seed
     assert transfer_report(wide).seeds[0] == 1
     both = one.assign(n_experts=one.width // 4, top_k=one.width // 16)  # k / E fixed: two fields move together
-    assert transfer_report(both, by="n_experts").drift_octaves[0] == pytest.approx(0)
+    assert transfer_report(both, by="n_experts").drift_octaves[1] == pytest.approx(0)
 
 
 HALVES = np.arange(-9, -3, 0.5)
@@ -133,12 +215,17 @@ def test_each_seed_has_its_own_optimum_and_the_drift_its_error():
     optima = seed_optima(rows).set_index(["width", "seed"]).best_octave
     assert optima[32].tolist() == pytest.approx([-6.1, -6.0, -5.9])
     assert optima[128].tolist() == pytest.approx([-6.5, -6.3, -6.4])
-    row = drift_report(rows).iloc[0]
-    assert (row.best_octave_32, row.error_32) == pytest.approx((-6.0, 0.1 / math.sqrt(3)))
+    report = transfer_report(rows)
+    assert (report.octave[0], report.octave_error[0]) == pytest.approx((-6.0, 0.1 / math.sqrt(3)))
+    halfway = np.array([-0.2, -0.1, -0.3])
+    assert (report.drift[1], report.drift_error[1]) == pytest.approx((halfway.mean(), halfway.std(ddof=1) / math.sqrt(3)))
+    assert (report.per_doubling[1], report.per_doubling_error[1]) == pytest.approx((report.drift[1], report.drift_error[1]))
+    assert report.per_doubling.isna().tolist() == [True, False, False]
+    row = summary(report).iloc[0]
     drifts = np.array([-0.4, -0.3, -0.5])  # seed by seed
     assert (row.drift, row.drift_error) == pytest.approx((drifts.mean(), drifts.std(ddof=1) / math.sqrt(3)))
     assert (row.per_doubling, row.per_doubling_error) == pytest.approx((drifts.mean() / 2, row.drift_error / 2))
-    assert row.seeds == 3
+    assert row.seeds_with_optimum == 3
 
 
 def test_seeds_share_the_mean_curves_curvature():
@@ -155,32 +242,33 @@ def test_seeds_share_the_mean_curves_curvature():
 
 
 def test_the_regret_has_an_error_too():
-    row = drift_report(seeded({32: (-6.0, -6.0), 64: (-7.0, -7.5)})).iloc[0]
+    report = transfer_report(seeded({32: (-6.0, -6.0), 64: (-7.0, -7.5)}))
     at = {seed: 0.1 * ((-6 - centre) ** 2 - (-7.5 - centre) ** 2) for seed, centre in enumerate((-7.0, -7.5))}
-    if transfer_report(seeded({32: (-6.0, -6.0), 64: (-7.0, -7.5)})).grid_lr_64[0] == 2.0**-7.0:
+    if report.grid_lr[1] == 2.0**-7.0:
         at = {seed: 0.1 * ((-6 - centre) ** 2 - (-7 - centre) ** 2) for seed, centre in enumerate((-7.0, -7.5))}
-    assert row.regret == pytest.approx(np.mean(list(at.values())))
-    assert row.regret_error == pytest.approx(np.std(list(at.values()), ddof=1) / math.sqrt(2))
+    assert report.regret[1] == pytest.approx(np.mean(list(at.values())))
+    assert report.regret_error[1] == pytest.approx(np.std(list(at.values()), ddof=1) / math.sqrt(2))
 
 
 def test_an_optimum_on_the_edge_or_beside_a_diverged_run_has_no_place():
     rows = seeded({32: (-6.0, -6.0), 64: (-12.0, -12.0)})
     assert seed_optima(rows).best_octave.isna().tolist() == [False, False, True, True]
-    row = drift_report(rows).iloc[0]
+    row = summary(transfer_report(rows)).iloc[0]
     assert math.isnan(row.drift)
-    assert row.seeds == 0
+    assert row.seeds_with_optimum == 0
     rows = frame({32: {-7: 2.2, -6: 2.1, -5.5: 2.15, -5: math.inf}}, seeds=(0, 1))
     assert seed_optima(rows).best_octave.isna().all()
     assert seed_optima(frame({32: {-7: 2.0, -6: 2.0, -5: 2.0}})).best_octave.isna().all()  # flat
 
 
 def test_one_seed_has_a_drift_without_an_error():
-    row = drift_report(seeded({32: (-6.0,), 64: (-7.0,)})).iloc[0]
+    row = summary(transfer_report(seeded({32: (-6.0,), 64: (-7.0,)}))).iloc[0]
     assert row.drift == pytest.approx(-1.0)
     assert math.isnan(row.drift_error)
     assert drift_words(row.drift, row.drift_error) == "-1.00 (one seed)"
-    alone = drift_report(seeded({32: (-6.0, -6.2)})).iloc[0]
-    assert alone.best_octave_32 == pytest.approx(-6.1)
+    report = transfer_report(seeded({32: (-6.0, -6.2)}))
+    assert report.octave[0] == pytest.approx(-6.1)
+    alone = summary(report).iloc[0]
     assert math.isnan(alone.drift)
     assert math.isnan(alone.per_doubling)
 
@@ -213,8 +301,8 @@ def test_many_panels_go_into_rows():
 
 def test_sentences_without_an_optimum_or_a_comparison():
     dead = frame({32: parabola(-6, 2.4), 64: dict.fromkeys(range(-10, -2), math.inf)})
-    assert sentence(transfer_report(dead).iloc[0]) == "mup: every run at width 64 diverged, so there is no optimum to compare."
-    assert "one width only (32)" in sentence(transfer_report(frame({32: parabola(-6, 2.4)})).iloc[0])
+    assert sentence(transfer_report(dead)) == "mup: every run at width 64 diverged, so there is no optimum to compare."
+    assert "one width only (32)" in sentence(transfer_report(frame({32: parabola(-6, 2.4)})))
 
 
 def test_every_value_has_a_look_of_its_own_and_powers_of_two_keep_theirs():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from minimoe import ARMS, EXPERT_ARMS, drift_report, drift_words, labelled, read_sweep
+from minimoe import ARMS, EXPERT_ARMS, drift_words, labelled, read_sweep, summary, transfer_report
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "findings.md"
@@ -27,19 +27,19 @@ def measured(octaves: float, error: float) -> str:
 
 def drift_table(frame: pd.DataFrame, by: str) -> str:
     """Optimum at each size, drift per doubling and in all, regret, best losses and seeds: a row per arm, as markdown."""
-    report = drift_report(frame, by)
-    sizes = sorted(int(column.removeprefix("best_octave_")) for column in report if column.startswith("best_octave_"))
+    report = transfer_report(frame, by)
+    sizes, at = sorted(set(report[by])), {(row.parametrization, getattr(row, by)): row for row in report.itertuples()}
     letter = {"n_experts": "E", "granularity": "G"}.get(by, by)
     header = ["arm", *(f"best log2 LR, {letter}={size}" for size in sizes), "drift, octaves", "per doubling", "regret, nats"]
     rows = [[*header, *(f"best loss, {letter}={size}" for size in sizes), "seeds"]]
-    for _, row in report.iterrows():
-        present = [size for size in sizes if not math.isnan(row[f"best_loss_{size}"])]
-        cells = [measured(row[f"best_octave_{size}"], row[f"error_{size}"]) if size in present else "" for size in sizes]
+    for row in summary(report).itertuples():
+        own = [at.get((row.parametrization, size)) for size in sizes]
+        cells = [measured(found.octave, found.octave_error) if found else "" for found in own]
         regret = f"{row.regret:.3f}" + ("" if math.isnan(row.regret_error) else f" ± {row.regret_error:.3f}")
         drifts = (drift_words(row.drift, row.drift_error), drift_words(row.per_doubling, row.per_doubling_error))
         cells += [*(words.replace("|", "\\|") for words in drifts), regret]
-        cells += [f"{row[f'best_loss_{size}']:.3f}" if size in present else "" for size in sizes]
-        rows.append([row.parametrization, *cells, str(row.seeds)])
+        cells += [f"{found.best_loss:.3f}" if found else "" for found in own]
+        rows.append([row.parametrization, *cells, str(row.seeds_with_optimum)])
     rows.insert(1, ["---"] * len(rows[0]))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
