@@ -269,7 +269,7 @@ def _coords(options: argparse.Namespace) -> None:
         routing=options.routing,
         n_jobs=options.jobs,
         device=options.device,
-        **config_fields(options),
+        **config_fields(options, without=("parametrization",)),
     )
     table, axis = exponents(frame), size_axis(frame)
     said = diagnosis(table) if axis == "width" else {}
@@ -295,7 +295,9 @@ def _make_writable(*paths: str | None) -> None:
 
 
 def _explain(options: argparse.Namespace) -> None:
-    configs = [Config(**config_fields(options) | {"parametrization": name}) for name in options.parametrization]
+    configs = [
+        Config(**config_fields(options, without=("parametrization",)), parametrization=name) for name in options.parametrization
+    ]
     for config in configs:
         print(config.parametrization, "\n")
     if len(configs) > 1:

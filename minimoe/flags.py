@@ -87,8 +87,9 @@ def add_config(parser: argparse.ArgumentParser, without: tuple[str, ...] = (), s
             group.add_argument(flag, type=kind, help=about[f.name], metavar=kind.__name__.upper(), **values)
 
 
-def config_fields(options: argparse.Namespace) -> dict:
-    given = ((f.name, getattr(options, f.name, None)) for f in dataclasses.fields(Config) if f.name != "seed")
+def config_fields(options: argparse.Namespace, without: tuple[str, ...] = ()) -> dict:
+    """The fields of Config that the command line gives."""
+    given = ((f.name, getattr(options, f.name, None)) for f in dataclasses.fields(Config) if f.name not in ("seed", *without))
     return {name: value for name, value in given if value is not None}
 
 

@@ -125,34 +125,20 @@ def transfer_report(frame: pd.DataFrame, by: str = "width", loss: str = "val_los
     losses = _points(frame, by, loss).pivot(index=["parametrization", by, "seed"], columns="lr", values=loss)
     rows = []
     for name, curves in mean_losses(frame, by, loss).groupby("parametrization", sort=False):
-        best = {size: _curve_optimum(curve) for size, curve in curves.groupby(by)}  # sizes ascend
-        own = octaves.loc[name, list(best)]  # a row per seed, a column per size
-        for size in best:
-            row = {"parametrization": name, by: size} | best[size]
-            row["octave"], row["octave_error"] = _mean_and_error(own[size])
-            row |= _comparison(best, own.dropna(), losses.loc[name, size], size)
-            row["seeds"], row["seeds_with_optimum"] = int(curves.seeds[curves[by] == size].min()), int(own[size].count())
+        curves = curves.sort_values("lr")
+        best = {size: optimum(curve.lr.to_numpy(), curve.loss.to_numpy()) for size, curve in curves.groupby(by)}
+        small, own = min(best), octaves.loc[name, list(best)]  # a row per seed, a column per size
+        whole = own.dropna()
+        for size, found in best.items():
+            row = {"parametrization": name, by: size} | found | _mean_and_error("octave", own[size])
+            row["drift_octaves"] = math.log2(found["best_lr"] / best[small]["best_lr"])
+            row |= _mean_and_error("drift", whole[size] - whole[small])
+            row |= _mean_and_error("per_doubling", _slopes(whole.loc[:, :size]))
+            there, here = losses.loc[name, size].reindex(columns=[best[small]["grid_lr"], found["grid_lr"]]).to_numpy().T
+            row |= _mean_and_error("regret", pd.Series(there) - pd.Series(here))
+            row |= {"seeds": int(curves.seeds[curves[by] == size].min()), "seeds_with_optimum": int(own[size].count())}
             rows.append(row)
     return pd.DataFrame(rows)
-
-
-def _curve_optimum(curve: pd.DataFrame) -> dict:
-    """The `optimum` of one curve of `mean_losses`."""
-    curve = curve.sort_values("lr")
-    return optimum(curve.lr.to_numpy(), curve.loss.to_numpy())
-
-
-def _comparison(best: dict[float, dict], octaves: pd.DataFrame, losses: pd.DataFrame, size: float) -> dict:
-    """The columns of `transfer_report` that compare one size with the smallest: `best` has each size's optimum, `octaves`
-    (seeds, sizes) the seeds' optima, `losses` (seeds, LRs) this size's."""
-    first = min(best)
-    row = {"drift_octaves": math.log2(best[size]["best_lr"] / best[first]["best_lr"])}
-    row["drift"], row["drift_error"] = _mean_and_error(octaves[size] - octaves[first])
-    row["per_doubling"], row["per_doubling_error"] = _mean_and_error(_slopes(octaves.loc[:, :size]))
-    there, here = losses.reindex(columns=[best[first]["grid_lr"], best[size]["grid_lr"]]).to_numpy().T
-    with np.errstate(invalid="ignore"):  # infinite losses
-        row["regret"], row["regret_error"] = _mean_and_error(pd.Series(there - here))
-    return row
 
 
 def _slopes(octaves: pd.DataFrame) -> pd.Series:
@@ -217,10 +203,10 @@ def _seed_vertices(octaves: np.ndarray, losses: np.ndarray) -> np.ndarray:
     return np.where(np.abs(places) <= 1, places + math.log2(best["grid_lr"]), math.nan)
 
 
-def _mean_and_error(values: pd.Series) -> tuple[float, float]:
-    """Mean and standard error; NaN where there are too few values."""
-    values = values.dropna()
-    return (float(values.mean()), float(values.std() / math.sqrt(len(values)))) if len(values) else (math.nan, math.nan)
+def _mean_and_error(name: str, values: pd.Series) -> dict[str, float]:
+    """The mean as `name` and its standard error as `name`_error; NaN where there are too few values."""
+    with np.errstate(invalid="ignore"):  # the spread of infinite losses
+        return {name: float(values.mean()), f"{name}_error": float(values.std() / math.sqrt(max(values.count(), 1)))}
 
 
 def drift_words(drift: float, error: float) -> str:

@@ -18,10 +18,10 @@ LRS = (0.01, 0.02, 0.03)
 
 @pytest.fixture(scope="session")
 def original(corpus, tmp_path_factory):
-    """The bytes of a store with three runs, a line each."""
+    """The bytes of a store with three runs, a line each, in the order of LRS."""
     path = tmp_path_factory.mktemp("store") / "runs.jsonl"
     sweep((32,), "mup", LRS, corpus=corpus, store=path, **TINY)
-    return path.read_bytes()
+    return b"".join(sorted(path.read_bytes().splitlines(keepends=True), key=lambda line: json.loads(line)["lr"]))
 
 
 @pytest.fixture
@@ -123,8 +123,7 @@ def test_a_store_that_is_taken_away_in_mid_sweep_is_said_and_loses_nothing(corpu
     monkeypatch.setattr(RunStore, "append", taken_away)
     with pytest.raises(StoreError, match=rf"the run store .*runs.jsonl was {how}.* put it back") as caught:
         again(store, corpus, lrs=(*LRS, 0.04, 0.05, 0.06), n_jobs=n_jobs)
-    assert {*LRS, 0.04} <= {*caught.value.frame.lr}
-    assert len(caught.value.frame) >= 5
+    assert {*LRS, 0.04} <= {*caught.value.frame.lr}  # what had finished; others' turn may come first, or not at all
     assert store.exists() == (how == "truncated")
 
 
