@@ -14,8 +14,9 @@ _HOMES = {
     "config": ("Config",),
     "corpus": ("Corpus", "check_tokens", "load_corpus", "make_corpus"),
     "explanations": ("explain", "side_by_side"),
-    "explorers": ("CoordinateExplorer", "LRExplorer", "LiveSweep", "TableExplorer"),
+    "explorers": ("CoordinateExplorer", "LRExplorer", "TableExplorer"),
     "figures": ("drift_chart", "lr_curves"),
+    "live": ("LiveSweep",),
     "model": ("MiniMoE", "Output"),
     "parametrization": (
         "Monomial",

@@ -10,7 +10,6 @@ import base64
 import html
 import io
 import math
-import threading
 from collections.abc import Iterable
 
 import ipywidgets as widgets
@@ -20,12 +19,10 @@ from matplotlib.figure import Figure
 from .config import Config
 from .coordinate_figures import exponents_chart, in_forward_order, tensor_curves
 from .coordinates import coordinate_check
-from .corpus import Corpus, load_corpus
 from .figures import lr_curves
 from .parametrization import CELLS, Monomial, Parametrization, as_monomial, fan_in, width
 from .probe import OUTSIDE
-from .sweeps import sweep
-from .tables import PARAMETRIZATIONS, ROUTER_RULES, parametrization
+from .tables import PARAMETRIZATIONS, parametrization
 from .theory import predicted_exponents, predictions
 from .transfer import losses_at, regrets
 from .verdicts import diagnosis, exponents
@@ -34,7 +31,6 @@ DPI = 90
 PLURALS = {"width": "widths", "n_experts": "experts", "granularity": "granularities"}
 END = "the end"  # in place of a step, where runs differ in length
 AT_FIRST = 6  # tables shown before the reader has chosen
-LARGEST_LIVE = 128  # width that a laptop trains in seconds
 CHOICES: tuple[Monomial | float, ...] = (  # what a cell can be set to; an embedding's fan_in never grows, the width does
     1,
     1 / fan_in,
@@ -89,7 +85,7 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _control(kind: type, label: str, tooltip: str, wide: str = "auto", **settings) -> widgets.Widget:
+def labelled(kind: type, label: str, tooltip: str, wide: str = "auto", **settings) -> widgets.Widget:
     """A control with a visible label (it is what a screen reader reads) and a tooltip."""
     style = {"description_width": "initial"}
     return kind(description=label, tooltip=tooltip, style=style, layout=widgets.Layout(width=wide), **settings)
@@ -118,19 +114,19 @@ class LRExplorer(Explorer):
             raise ValueError("the runs that did not diverge have no recorded step in common: select one length of training")
         tables, values, seeds = (list(dict.fromkeys(frame[c])) for c in ("parametrization", by, "seed"))
         multiple, first = widgets.SelectMultiple, tables[:AT_FIRST]
-        self.tables = _control(multiple, names, "ctrl-click for several", "330px", options=tables, value=first, rows=5)
+        self.tables = labelled(multiple, names, "ctrl-click for several", "330px", options=tables, value=first, rows=5)
         values, seeds = sorted(values), sorted(seeds)
         plural = PLURALS.get(by, by.replace("_", " "))
-        self.values = _control(multiple, plural, "ctrl-click", options=values, value=values, rows=5)
-        self.seeds = _control(multiple, "seeds", "several: mean and band", options=seeds, value=seeds, rows=5)
-        self.step = _control(widgets.SelectionSlider, "after step", "training goes on", "420px", options=steps, value=steps[-1])
+        self.values = labelled(multiple, plural, "ctrl-click", options=values, value=values, rows=5)
+        self.seeds = labelled(multiple, "seeds", "several: mean and band", options=seeds, value=seeds, rows=5)
+        self.step = labelled(widgets.SelectionSlider, "after step", "training goes on", "420px", options=steps, value=steps[-1])
         low, high = (round(math.log2(f(frame.lr))) for f in (min, max))
-        self.my_lr = _control(
+        self.my_lr = labelled(
             widgets.FloatSlider, "my LR = 2^", "arrow keys move it", "420px", min=low, max=high, step=0.25, value=-6.0
         )
-        self.minima = _control(widgets.Checkbox, "mark the minima", "a star at each optimum", value=True)
+        self.minima = labelled(widgets.Checkbox, "mark the minima", "a star at each optimum", value=True)
         panels = [(names, False), (self.values.description, True)]
-        self.panels = _control(widgets.ToggleButtons, "a panel for each of the", "the others are curves", options=panels)
+        self.panels = labelled(widgets.ToggleButtons, "a panel for each of the", "the others are curves", options=panels)
         rows = (
             widgets.HBox([self.tables, self.values, self.seeds]),
             widgets.HBox([self.step, self.my_lr, self.minima, self.panels], layout=widgets.Layout(flex_flow="row wrap")),
@@ -191,72 +187,6 @@ def _cost(row) -> str:
     return "all diverged" if math.isnan(row.regret) else f"{row.regret:.3f}"
 
 
-class LiveSweep(widgets.VBox):
-    """A button that trains a small sweep now, a bar, a button that stops it; its curves join an `LRExplorer`.
-
-    Runs are trained one after the other in a thread, so that the kernel stays free and a stop is heard after at most one
-    run. `wait` returns when it is done.
-    """
-
-    def __init__(self, explorer: LRExplorer, corpus: str | Corpus = "pydocs"):
-        known = {**PARAMETRIZATIONS, **ROUTER_RULES}
-        tables = [(name, known[name]) for name in explorer.tables.options if name in known]
-        values = [value for value in explorer.values.options if value <= LARGEST_LIVE]
-        if explorer.by != "width" or not tables or not values:
-            raise ValueError(f"a live sweep needs an explorer over widths up to {LARGEST_LIVE}, of tables that have a name")
-        self.explorer, self.corpus = explorer, corpus
-        self._stop, self._thread = threading.Event(), None
-        self.table = _control(widgets.Dropdown, "table", "what to train under", options=tables, value=tables[-1][1])
-        self.width = _control(widgets.Dropdown, "width", "of the model", options=values, value=values[0])
-        self.steps = _control(widgets.IntSlider, "steps", "of each run", "300px", min=20, max=200, step=20, value=40)
-        self.start = widgets.Button(description="Train now", tooltip="trains six learning rates", button_style="primary")
-        self.stop = widgets.Button(description="Stop", tooltip="after the run that is going on", disabled=True)
-        self.bar = _control(widgets.IntProgress, "runs", "trained so far", "300px", min=0, max=6, value=0)
-        self.status = widgets.HTML("ready")
-        self.start.on_click(self._started)
-        self.stop.on_click(lambda _button: self._stop.set())
-        choices = widgets.HBox([self.table, self.width, self.steps], layout=widgets.Layout(flex_flow="row wrap"))
-        super().__init__([choices, widgets.HBox([self.start, self.stop, self.bar, self.status])])
-
-    def _started(self, _button) -> None:
-        self._stop.clear()
-        self.start.disabled, self.stop.disabled = True, False
-        job = (self.table.value, self.width.value, self.steps.value)
-        self._thread = threading.Thread(target=self._train, args=job, daemon=True)
-        self._thread.start()
-
-    def _train(self, table: Parametrization, width: int, steps: int) -> None:
-        rows = []
-        try:
-            corpus = load_corpus(self.corpus)
-            lrs = [2.0**octave for octave in range(-8, -2)]
-            for done, lr in enumerate(lrs):
-                if self._stop.is_set():
-                    break
-                self.bar.value, self.status.value = done, f"width {width}, LR 2^{math.log2(lr):g} ..."
-                rows.append(sweep((width,), (table,), (lr,), (0,), steps, corpus, n_jobs=1, progress=False))
-            else:
-                self.bar.value = len(lrs)
-            said = "stopped" if self._stop.is_set() else "done"
-            if rows:
-                self.explorer.add_live(pd.concat(rows, ignore_index=True))
-            self.status.value = f"{said}: {len(rows)} of {len(lrs)} runs"
-        except Exception as error:  # a thread's exception would be seen nowhere
-            self.status.value = f"<b>{html.escape(f'{type(error).__name__}: {error}')}</b>"
-        finally:
-            self.start.disabled, self.stop.disabled = False, True
-
-    def _repr_mimebundle_(self, **kwargs) -> dict:
-        return {**super()._repr_mimebundle_(**kwargs), "text/plain": "LiveSweep: run this cell to use it"}
-
-    def wait(self, timeout: float | None = None) -> None:
-        """Until the sweep that was started has ended. Raises TimeoutError."""
-        if self._thread is not None:
-            self._thread.join(timeout)
-            if self._thread.is_alive():
-                raise TimeoutError(f"the live sweep is still training after {timeout} s")
-
-
 class TableExplorer(Explorer):
     """Edit a cell of a table: the predicted exponents change at once, and a button measures them.
 
@@ -268,10 +198,10 @@ class TableExplorer(Explorer):
         self.measure = {"widths": (32, 64, 128), "steps": 2, "seeds": (0, 1), "n_jobs": 1, **(measure or {})}
         self.table, self.fields, self.measured = parametrization(table), fields, None
         starts = {self.table.name: self.table, **PARAMETRIZATIONS}
-        self.base = _control(widgets.Dropdown, "start from", "a table", options=list(starts.items()), value=self.table)
-        self.role = _control(widgets.Dropdown, "role", "whose cell", options=list(self.table.roles), value="router")
-        self.cell = _control(widgets.Dropdown, "cell", "which cell", options=list(CELLS[:3]), value="lr")
-        self.value = _control(widgets.Dropdown, "value", "the cell's: choose another")
+        self.base = labelled(widgets.Dropdown, "start from", "a table", options=list(starts.items()), value=self.table)
+        self.role = labelled(widgets.Dropdown, "role", "whose cell", options=list(self.table.roles), value="router")
+        self.cell = labelled(widgets.Dropdown, "cell", "which cell", options=list(CELLS[:3]), value="lr")
+        self.value = labelled(widgets.Dropdown, "value", "the cell's: choose another")
         self.check = widgets.Button(description="Measure", tooltip="a coordinate check of this table: some seconds")
         self.base.observe(self._start, "value")
         for control in (self.role, self.cell):
@@ -337,10 +267,10 @@ class CoordinateExplorer(Explorer):
         names, steps = list(dict.fromkeys(frame.parametrization)), sorted(set(frame.step) - {0})
         tensors = in_forward_order(frame)
         layers = sorted(set(frame.layer) - {OUTSIDE})
-        self.name = _control(widgets.Dropdown, "table", "of rules", options=names, value=names[0])
-        self.tensor = _control(widgets.Dropdown, "tensor", "in the forward pass's order", options=tensors)
-        self.layer = _control(widgets.Dropdown, "layer", "embedding and logits have none", options=layers)
-        self.step = _control(widgets.SelectionSlider, "after step", "arrow keys move it", "300px", options=steps, value=steps[-1])
+        self.name = labelled(widgets.Dropdown, "table", "of rules", options=names, value=names[0])
+        self.tensor = labelled(widgets.Dropdown, "tensor", "in the forward pass's order", options=tensors)
+        self.layer = labelled(widgets.Dropdown, "layer", "embedding and logits have none", options=layers)
+        self.step = labelled(widgets.SelectionSlider, "after step", "arrow keys move it", "300px", options=steps, value=steps[-1])
         if "router" in tensors:  # the tensor that tables disagree on
             self.tensor.value = "router"
         controls = (self.name, self.tensor, self.layer, self.step)

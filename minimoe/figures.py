@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
-from .transfer import mean_losses, optimum, summary, transfer_report
+from .transfer import mean_losses, optima, optimum
 
 MARKERS = "osD^vPX<>h"
 ALERT, QUIET = "#c1121f", "#333333"  # broken, and not
@@ -58,7 +58,7 @@ def lr_curves(
     shown = pd.concat([means, others])
     panel, curve = (by, "parametrization") if swapped else ("parametrization", by)
     names = sorted(set(means[by])) if swapped else list(dict.fromkeys(means.parametrization))
-    titles = {name: f"{by.replace('_', ' ')} {name:g}" for name in names} if swapped else _titles(frame, by, loss)
+    titles = {name: f"{by.replace('_', ' ')} {name:g}" for name in names} if swapped else _titles(means, by)
     looks = table_styles(shown.parametrization) if swapped else styles(shown[by], by)
     figure, panels = _panels(len(names), {"val_loss": "validation", "train_loss": "training"}.get(loss, loss))
     top = fit_losses(panels[0], shown)
@@ -110,10 +110,10 @@ def _panels(number: int, loss: str) -> tuple[Figure, list[Axes]]:
     return figure, panels[:number]
 
 
-def _titles(frame: pd.DataFrame, by: str, loss: str) -> dict[str, str]:
+def _titles(means: pd.DataFrame, by: str) -> dict[str, str]:
     """parametrization -> its name, and how far its best LR drifts."""
-    compared = summary(transfer_report(frame, by, loss))
-    return {row.parametrization: f"{row.parametrization}\n{_drift(row)}" for row in compared.itertuples()}
+    found = optima(means, by).groupby("parametrization", sort=False)
+    return {name: f"{name}\n{_drift(sizes.drift_octaves.iloc[-1], sizes.on_edge.any())}" for name, sizes in found}
 
 
 def table_styles(names: Iterable[str]) -> dict[str, dict]:
@@ -133,11 +133,9 @@ def fit_losses(axes: Axes, means: pd.DataFrame) -> float:
     return top
 
 
-def _drift(compared) -> str:
-    """A row of `summary` in words."""
-    if compared.on_edge:
-        return "an optimum lies on the grid's edge"
-    return f"the best LR drifts by {compared.drift_octaves:+.2f} octaves"
+def _drift(octaves: float, on_edge: bool) -> str:
+    """How far the best LR moves, in words."""
+    return "an optimum lies on the grid's edge" if on_edge else f"the best LR drifts by {octaves:+.2f} octaves"
 
 
 def draw_curve(axes: Axes, curve: pd.DataFrame, name: str, look: dict, ceiling: float, minima: bool) -> Line2D:

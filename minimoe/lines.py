@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 from typing import NamedTuple
 
 from .config import Config, config_from_dict
-from .parametrization import Parametrization
+from .parametrization import Parametrization, TwoTables
 from .step import NEUTRAL, TrainOptions
 
 LABELS = ("format", "key", "config", "lr", "steps", "options", "corpus", "corpus_digest")  # of every line, in their order
@@ -44,10 +44,6 @@ def _history_pattern() -> re.Pattern:
 
 
 HISTORY = _history_pattern()
-
-
-class TwoTables(ValueError):
-    """Two different tables carry one name."""
 
 
 class Head(NamedTuple):
@@ -198,7 +194,7 @@ class Lines:
             raise TypeError(f"a table's name must be text, not {table.name!r}")
         known = self.tables.setdefault(table.name, table)
         if not known.same_rules(table):
-            raise TwoTables(f"two different tables are called {table.name!r}")
+            raise TwoTables(table.name)
         return known
 
     def _train_options(self, text: bytes) -> dict:

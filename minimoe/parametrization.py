@@ -127,6 +127,11 @@ class Rule:
             if used := {name for name, _ in getattr(self, cell).powers} & set(TRAINING):
                 raise ValueError(f"{cell} cannot depend on {', '.join(sorted(used))}: the model is made before its training")
 
+    def __repr__(self) -> str:
+        """As it is written in a table, with the five cells that are always printed."""
+        shown = (cell for cell in CELLS if cell in PRINTED or getattr(self, cell) != as_monomial(1))
+        return f"Rule({', '.join(f'{cell}={getattr(self, cell)!r}' for cell in shown)})"
+
     @property
     def ratios(self) -> set[str]:
         """The named ratios that its cells use."""
@@ -271,9 +276,16 @@ def _columns(table: Parametrization) -> Iterator[tuple[str, Rule]]:
             yield stem, rule
 
 
+class TwoTables(ValueError):
+    """Two different tables carry one name: rows are told apart by the name."""
+
+    def __init__(self, name: str):
+        super().__init__(f"two different tables are called {name!r}: give one of them another name")
+
+
 def require_distinct_names(tables: Iterable[Parametrization]) -> None:
-    """Raise ValueError if two different tables carry one name: rows are told apart by it."""
+    """Raise TwoTables if two different tables carry one name."""
     first: dict[str, Parametrization] = {}
     for table in tables:
         if not first.setdefault(table.name, table).same_rules(table):
-            raise ValueError(f"two different tables are called {table.name!r}: give one of them another name")
+            raise TwoTables(table.name)

@@ -20,8 +20,8 @@ from typing import BinaryIO, NamedTuple
 
 from filelock import FileLock
 
-from .lines import DAMAGE, START, Lines, TwoTables, format_of, is_torn, written
-from .parametrization import Parametrization
+from .lines import DAMAGE, START, Lines, format_of, is_torn, written
+from .parametrization import Parametrization, TwoTables
 
 try:
     import fcntl
@@ -45,7 +45,7 @@ class LineError(ValueError):
 
     def __init__(self, path: Path, number: int, reason: Exception):
         if isinstance(reason, TwoTables):
-            said = f"{path}, line {number}: {reason}, that line's and another's: give one of them another name"
+            said = f"{path}, line {number}: {reason}"
         else:
             said = f"{path}, line {number} is damaged ({_short(reason)}): mend or delete that line"
         super().__init__(said)
@@ -143,7 +143,7 @@ class RunStore:
                     raise self._two_tables(table.name)
 
     def _two_tables(self, name: str) -> LineError:
-        return LineError(self.path, self._tables[name], TwoTables(f"two different tables are called {name!r}"))
+        return LineError(self.path, self._tables[name], TwoTables(name))
 
     def _own(self, line: bytes) -> dict:
         """The cell of a line that is to be written. Raises LineError if the file has another table of its table's name."""

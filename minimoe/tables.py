@@ -6,7 +6,7 @@ standard deviation stands here squared.
 
 from __future__ import annotations
 
-from .parametrization import Monomial, Parametrization, Rule, fan_in
+from .parametrization import Monomial, Parametrization, Rule, TwoTables, fan_in
 
 
 def table(name: str, *, embedding: Rule, unembedding: Rule, hidden: Rule, router: Rule) -> Parametrization:
@@ -73,7 +73,7 @@ def parametrization(wanted: str | Parametrization) -> Parametrization:
     if isinstance(wanted, Parametrization):
         known = PARAMETRIZATIONS.get(wanted.name)
         if known is not None and not known.same_rules(wanted):
-            raise ValueError(f"two different tables are called {wanted.name!r}: give the edited one another name")
+            raise TwoTables(wanted.name)
         return wanted
     if not isinstance(wanted, str):
         raise TypeError(f"a parametrization is a name or a table, got {wanted!r}")

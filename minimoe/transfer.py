@@ -124,20 +124,32 @@ def transfer_report(frame: pd.DataFrame, by: str = "width", loss: str = "val_los
     octaves = seed_optima(frame, by, loss).pivot(index=["parametrization", "seed"], columns=by, values="best_octave")
     losses = _points(frame, by, loss).pivot(index=["parametrization", by, "seed"], columns="lr", values=loss)
     rows = []
-    for name, curves in mean_losses(frame, by, loss).groupby("parametrization", sort=False):
-        curves = curves.sort_values("lr")
-        best = {size: optimum(curve.lr.to_numpy(), curve.loss.to_numpy()) for size, curve in curves.groupby(by)}
-        small, own = min(best), octaves.loc[name, list(best)]  # a row per seed, a column per size
+    for name, sizes in optima(mean_losses(frame, by, loss), by).groupby("parametrization", sort=False):
+        small, small_lr = sizes[by].iloc[0], sizes.grid_lr.iloc[0]
+        own = octaves.loc[name, list(sizes[by])]  # a row per seed, a column per size
         whole = own.dropna()
-        for size, found in best.items():
-            row = {"parametrization": name, by: size} | found | _mean_and_error("octave", own[size])
-            row["drift_octaves"] = math.log2(found["best_lr"] / best[small]["best_lr"])
+        for row in sizes.to_dict("records"):
+            size = row[by]
+            there, here = losses.loc[name, size].reindex(columns=[small_lr, row["grid_lr"]]).to_numpy().T
+            row |= _mean_and_error("octave", own[size])
             row |= _mean_and_error("drift", whole[size] - whole[small])
             row |= _mean_and_error("per_doubling", _slopes(whole.loc[:, :size]))
-            there, here = losses.loc[name, size].reindex(columns=[best[small]["grid_lr"], found["grid_lr"]]).to_numpy().T
             row |= _mean_and_error("regret", pd.Series(there) - pd.Series(here))
-            row |= {"seeds": int(curves.seeds[curves[by] == size].min()), "seeds_with_optimum": int(own[size].count())}
-            rows.append(row)
+            rows.append(row | {"seeds_with_optimum": int(own[size].count())})
+    return pd.DataFrame(rows)
+
+
+def optima(means: pd.DataFrame, by: str = "width") -> pd.DataFrame:
+    """The optimum of every curve of `mean_losses`: one row per parametrization and size, sizes ascending, with `optimum`'s
+    columns, drift_octaves and seeds as in `transfer_report`."""
+    rows = []
+    for name, curves in means.groupby("parametrization", sort=False):
+        curves = dict(list(curves.sort_values("lr").groupby(by)))
+        best = {size: optimum(curve.lr.to_numpy(), curve.loss.to_numpy()) for size, curve in curves.items()}
+        small = best[min(best)]["best_lr"]
+        for size, found in best.items():
+            moved = {"drift_octaves": math.log2(found["best_lr"] / small), "seeds": int(curves[size].seeds.min())}
+            rows.append({"parametrization": name, by: size} | found | moved)
     return pd.DataFrame(rows)
 
 

@@ -9,7 +9,8 @@ from ipywidgets import HTML, Widget
 
 from minimoe import PARAMETRIZATIONS, coordinate_check, fan_in, losses_at, regrets, sweep, width
 from minimoe.arms import ARMS, labelled
-from minimoe.explorers import CoordinateExplorer, LiveSweep, LRExplorer, TableExplorer
+from minimoe.explorers import CoordinateExplorer, LRExplorer, TableExplorer
+from minimoe.live import LiveSweep
 from minimoe.parametrization import as_monomial
 
 PNG = b"\x89PNG"

@@ -91,7 +91,7 @@ def test_two_tables_of_one_name_in_a_store_are_named_by_the_line(corpus, store, 
     again(tmp_path / "other.jsonl", corpus, parametrizations=TWO, lrs=0.01)
     store.write_bytes(store.read_bytes() + (tmp_path / "other.jsonl").read_bytes())
     for use in (lambda: again(store, corpus), lambda: read_sweep(store)):
-        with pytest.raises(LineError, match=r"runs.jsonl, line 5: two different tables are called 'mine', .* another name"):
+        with pytest.raises(LineError, match=r"runs.jsonl, line 5: two different tables are called 'mine': .* another name"):
             use()
 
 
@@ -192,3 +192,9 @@ def test_a_stored_history_is_its_records(corpus, store, original):
     assert stored.history[0] != stored.history[1]
     runs, cells = stored_cells(store)
     assert [cell["key"] for cell in cells] == [*runs]
+
+
+def test_a_store_of_a_published_table_that_was_edited_since_is_not_called_damaged(store, monkeypatch):
+    monkeypatch.setitem(PARAMETRIZATIONS, "mup", PARAMETRIZATIONS["mup"].replace("router", name="mup", lr=2))
+    with pytest.raises(LineError, match=r"runs.jsonl, line 1: two different tables are called 'mup'"):
+        read_sweep(store)
