@@ -29,6 +29,9 @@ class Monomial:
     def __post_init__(self):
         if not (math.isfinite(self.coefficient) and self.coefficient >= 0):
             raise ValueError(f"a cell's coefficient must be finite and not negative, got {self.coefficient!r}")
+        for name, power in self.powers:
+            if not (isinstance(power, Real) and math.isfinite(power)):
+                raise ValueError(f"the power of {name!r} in a cell must be a finite number, got {power!r}")
 
     def __call__(self, ratios: Mapping[str, float]) -> float:
         """The cell's value for one tensor. Raises KeyError naming a ratio that the tensor does not know."""

@@ -44,9 +44,9 @@ def test_the_vertex_on_an_uneven_grid():
 
 
 COLUMNS = [
-    *("parametrization", "width", "grid_lr", "best_lr", "best_loss", "on_edge", "octave", "octave_error"),
-    *("drift_octaves", "drift", "drift_error", "per_doubling", "per_doubling_error", "regret", "regret_error"),
-    *("seeds", "seeds_with_optimum"),
+    *("parametrization", "width", "grid_lr", "best_lr", "best_loss", "on_edge", "drift_octaves", "seeds"),
+    *("octave", "octave_error", "drift", "drift_error", "per_doubling", "per_doubling_error", "regret", "regret_error"),
+    "seeds_with_optimum",
 ]
 
 
