@@ -8,16 +8,19 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOMES = {
+    "allocations": ("Ledger", "allocation"),
     "arms": ("ARMS", "EXPERT_ARMS", "labelled"),
+    "config": ("Config",),
     "coordinate_figures": ("coordinate_curves", "exponents_chart", "router_rules", "tensor_curves"),
     "coordinates": ("coordinate_check",),
-    "config": ("Config",),
     "corpus": ("Corpus", "check_tokens", "load_corpus", "make_corpus"),
+    "diagnoses": ("diagnosis", "suspects"),
     "explanations": ("explain", "side_by_side"),
     "explorers": ("CoordinateExplorer", "LRExplorer", "TableExplorer"),
     "figures": ("drift_chart", "lr_curves"),
     "live": ("LiveSweep",),
     "model": ("MiniMoE", "Output"),
+    "mutations": ("mutants", "mystery"),
     "parametrization": (
         "Monomial",
         "Parametrization",
@@ -39,7 +42,7 @@ _HOMES = {
     "theory": ("predicted_exponents", "predictions"),
     "training": ("Run", "train"),
     "transfer": ("drift_words", "losses_at", "regrets", "summary", "transfer_report"),
-    "verdicts": ("exponents", "mystery", "suspects"),
+    "verdicts": ("exponents",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)

@@ -17,10 +17,13 @@ from .conditions import rows_where
 from .config import Config
 from .coordinate_figures import coordinate_curves
 from .coordinates import ROUTINGS, coordinate_check, size_axis
+from .coordinates import SIZES as GROWING
+from .coordinates import WIDTHS as CHECKED_WIDTHS
 from .corpus import load_corpus
+from .diagnoses import diagnosis
 from .explanations import explain, marked, side_by_side
 from .figures import lr_curves
-from .flags import add_argument, add_config, add_training, config_fields, number, numbers, path_field, train_fields
+from .flags import add_argument, add_config, add_training, config_fields, number, numbers, path_field, size_field, train_fields
 from .grids import WIDTHS
 from .model import MiniMoE
 from .step import TrainOptions
@@ -28,7 +31,7 @@ from .sweeps import read_sweep, sweep
 from .tables import PARAMETRIZATIONS
 from .training import train
 from .transfer import sentence, summary, transfer_report
-from .verdicts import diagnosis, exponents, exponents_text, parts_text
+from .verdicts import exponents, exponents_text
 
 NAMES = f"of {', '.join(PARAMETRIZATIONS)}"
 DEMO_STEPS = 140  # enough for SP's optimum to move by an octave per doubling, and two minutes on two cores
@@ -97,14 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     usual = f"(default {' '.join(map(str, WIDTHS))})"
     many.add_argument("--widths", type=int, nargs="+", help=f"sizes of the residual stream {usual}")
-    many.add_argument(
-        "--path",
-        type=path_field,
-        nargs="+",
-        default=[],
-        metavar="FIELD=A,B",
-        help="sizes that grow together, e.g. width=32,64,128 n_experts=4,8,16",
-    )
+    _add_path(many)
     many.add_argument("--by", help="the axis to report (default: the one that has several values, or width)")
     add_argument(many, sweep, "parametrizations", NAMES, metavar="NAME")
     octaves = "numbers (0.01, 2^-6.5), or ranges of octaves such as 2^-10:2^-3, or :0.5 for halves"
@@ -130,12 +126,17 @@ def _parser() -> argparse.ArgumentParser:
     coords = command(
         "coords",
         _coords,
-        "check how every tensor and its updates grow with width, or with another size\n\n"
-        "Prints measured exponents (predicted ones in brackets) and the cells that the check condemns. Another size grows where\n"
-        "one width and several values are given: --widths 64 --granularity 1 2 4 --base-granularity 1.",
+        "check how every tensor, its updates and its share of the learning grow with width, or with another size\n\n"
+        "Prints measured exponents (predicted ones in brackets) and the cells that the check condemns. Another size:\n"
+        "--along depth --sizes 2 4 8 16 32, at width 64 unless --widths says another; or --granularity 1 2 4. Several that\n"
+        "grow together: --path width=64,128,256 n_experts=4,8,16.",
     )
+    coords.add_argument("--along", type=size_field, help=f"the size that grows: {', '.join(GROWING)} (default width)")
+    coords.add_argument("--sizes", type=int, nargs="+", help="its values")
+    _add_path(coords)
     add_argument(coords, coordinate_check, "parametrization", NAMES, nargs="+", metavar="NAME")
-    add_argument(coords, coordinate_check, "widths", "sizes of the residual stream", type=int)
+    usual = " ".join(map(str, CHECKED_WIDTHS))
+    coords.add_argument("--widths", type=int, nargs="+", help=f"sizes of the residual stream (default {usual})")
     add_argument(coords, coordinate_check, "steps", "optimiser steps", type=int)
     add_argument(coords, coordinate_check, "seeds", "of initial weights and data order", type=int)
     add_argument(coords, coordinate_check, "lr", "constant learning rate", type=number)
@@ -160,6 +161,11 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest character (default 0.8)")
     sample.add_argument("--seed", type=int, default=0)
     return parser
+
+
+def _add_path(parser: argparse.ArgumentParser) -> None:
+    about = "sizes that grow together, e.g. width=32,64,128 n_experts=4,8,16"
+    parser.add_argument("--path", type=path_field, nargs="+", default=[], metavar="FIELD=A,B", help=about)
 
 
 def _add_sweep_outputs(parser: argparse.ArgumentParser, store: str, figure: str | None) -> None:
@@ -259,6 +265,13 @@ def _report(options: argparse.Namespace) -> None:
 def _coords(options: argparse.Namespace) -> None:
     start = time.perf_counter()
     _make_writable(options.figure, options.csv)
+    fields = config_fields(options, without=("parametrization", "width"))
+    if (options.along is None) != (options.sizes is None):
+        raise ValueError("--along and --sizes belong together: --along depth --sizes 2 4 8")
+    if options.along == "width":
+        options.widths = options.sizes
+    elif options.along:
+        fields[options.along] = options.sizes
     frame = coordinate_check(
         options.parametrization,
         options.widths,
@@ -267,16 +280,15 @@ def _coords(options: argparse.Namespace) -> None:
         options.lr,
         options.corpus,
         routing=options.routing,
+        path=dict(options.path),
         n_jobs=options.jobs,
         device=options.device,
-        **config_fields(options, without=("parametrization",)),
+        **fields,
     )
     table, axis = exponents(frame), size_axis(frame)
-    said = diagnosis(table) if axis == "width" else {}
+    said = diagnosis(table, axis) if axis in ("width", "depth") else {}
     for name, rows in table.groupby("parametrization", sort=False):
         print(f"{name}: exponents in the {axis}, measured (predicted)\n{exponents_text(rows)}\n")
-        if axis != "width":
-            print(f"{name}: parts of the MoE's change\n{parts_text(rows)}\n")
         if name in said:
             print(f"{name}: {said[name]}\n")
     if options.csv:

@@ -17,32 +17,37 @@ from matplotlib.ticker import FuncFormatter
 from .coordinates import size_axis
 from .figures import ALERT, QUIET, draw_curve, fit_losses, label_octaves, styles
 from .probe import OUTSIDE
-from .theory import TOLERANCE, wanted
+from .theory import TOLERANCE, Growth, wanted
 from .transfer import mean_losses
-from .verdicts import BROKEN, exponents
+from .verdicts import BROKEN, exponents, layers_compared
 
 COLUMNS = 6  # panels in one row
+MOVED = ("update", "change")
+AMBER = "#b07800"  # of allocations
+MARKERS = {"init": "o", "update": "o", "change": "o", "allocation": "s"}
 FARTHEST = 2.1  # exponents beyond it are drawn at it, rather than out of sight
 
 
-def coordinate_curves(frame: pd.DataFrame, layer: int | None = None) -> Figure:
-    """A coordinate check as small multiples: a panel per tensor, how its RMS grows with the size, relative to the smallest.
+def coordinate_curves(frame: pd.DataFrame, layer: int | str | None = None) -> Figure:
+    """A coordinate check as small multiples: a panel per tensor, how its numbers grow with the size, relative to the smallest.
 
     frame: from `coordinate_check`; each parametrization gets two rows of panels. Dark: the output at init; blue, a line
-    per step: the update (change, where a tensor is no weight's own). Dashed: the predicted slopes. Red: what the verdict
-    condemns. layer: the blocks' layer to show (default: of each tensor the one with the largest violation or deviation).
+    per step: the update (change, where a tensor is no weight's own); amber: the allocation, after the last step. Dashed: the predicted slopes. Red: what the verdict
+    condemns. layer: the blocks' layer to show, where the depth grows "first", "last" or "sum" (default: of each tensor the
+    one with the largest violation or deviation).
     Raises ValueError as `exponents` does, or for a layer that the frame does not have.
     """
+    table, axis = exponents(frame), size_axis(frame)
+    frame = layers_compared(frame)
     if layer is not None and layer not in set(frame.layer) - {OUTSIDE}:
         raise ValueError(f"layer={layer!r}: the frame has {sorted(set(frame.layer) - {OUTSIDE})}")
-    table, axis = exponents(frame), size_axis(frame)
     names = list(dict.fromkeys(frame.parametrization))
     means = _growth(frame)
     figure = Figure(figsize=(12.5, 4.9 * len(names)), layout="constrained")
     for part, name in zip(np.atleast_1d(figure.subfigures(len(names), 1)), names, strict=True):
         part.suptitle(f"{name}: growth with {axis}", fontsize=12)
         own = table[(table.parametrization == name) & (table.layer.isin((layer, OUTSIDE)) | (layer is None))]
-        tensors = in_forward_order(own)
+        tensors = in_forward_order(own[own.quantity.isin(MOVED)])
         panels = part.subplots(math.ceil(len(tensors) / COLUMNS), COLUMNS, sharex=True, sharey=True, squeeze=False).flat
         for axes, tensor in zip_longest(panels, tensors):
             if tensor is None:
@@ -52,7 +57,7 @@ def coordinate_curves(frame: pd.DataFrame, layer: int | None = None) -> Figure:
         for axes in part.axes:
             axes.set_xlabel(axis, fontsize=9)
             axes.label_outer()
-        part.supylabel(f"RMS / RMS at the smallest {axis}", fontsize=9)
+        part.supylabel(f"RMS, or nats, over that at the smallest {axis}", fontsize=9)
         _coordinate_legend(part, sorted(set(frame.step) - {0}))
     shown = [axes for part in figure.subfigs for axes in part.axes if axes.axison]
     low, high = (f(axes.get_ylim()[i] for axes in shown) for i, f in enumerate((min, max)))
@@ -68,35 +73,38 @@ def in_forward_order(table: pd.DataFrame) -> list[str]:
 
 def _growth(frame: pd.DataFrame) -> pd.Series:
     """log2 of each RMS (mean over seeds) over that at the smallest size; the index ends in step and size."""
-    means = frame.assign(rms=np.log2(frame.rms.where(frame.rms > 0)))
-    means = means.groupby(["parametrization", "layer", "tensor", "quantity", "step", size_axis(frame)]).rms.mean()
+    means = frame.assign(value=np.log2(frame.value.where(frame.value > 0)))
+    means = means.groupby(["parametrization", "layer", "tensor", "quantity", "step", size_axis(frame)]).value.mean()
     return means - means.groupby(level=[0, 1, 2, 3, 4]).transform("first")  # levels are sorted
 
 
 def _draw_tensor(axes: Axes, rows: pd.DataFrame, means: pd.Series) -> None:
     """One tensor's panel, at the layer where it looks worst."""
-    rows = rows[rows.quantity.isin(("init", "update", "change"))]
+    rows = rows[rows.quantity.isin(("init", *MOVED, "allocation"))]
     broken = rows.verdict.isin(BROKEN)
     off = (rows.measured - rows.predicted).abs().fillna(0) + 100 * broken
     rows = rows[rows.layer == rows.loc[off.idxmax(), "layer"]].set_index("quantity")
     layer, tensor = rows.layer.iloc[0], rows.tensor.iloc[0]
-    moved = "update" if "update" in rows.index else "change"
+    shown = [name for name in ("init", "update", "allocation") if name in rows.index]
     said = []
-    for quantity in ("init", moved):
+    for quantity in shown if "update" in shown else [*shown, "change"]:
         row = rows.loc[quantity]
         alert = row.verdict in BROKEN
         curves = means[layer, tensor, quantity].unstack(-1)  # a row per step, a column per size, log2
+        if quantity == "allocation":
+            curves = curves.tail(1)
         if curves.notna().all(axis=None):
-            shades = [QUIET] if quantity == "init" else sns.color_palette("Blues", len(curves) + 2)[2:]
-            for shade, (_, curve) in zip(shades, curves.iterrows(), strict=True):
+            for shade, (_, curve) in zip(_shades(quantity, len(curves)), curves.iterrows(), strict=True):
                 last = curve.name == curves.index[-1]
                 color = ALERT if alert and last else shade
-                axes.plot(curve.index, 2.0**curve, color=color, linewidth=2 if last else 1.2, marker="o", markersize=3)
+                axes.plot(
+                    curve.index, 2.0**curve, color=color, linewidth=2 if last else 1.2, marker=MARKERS[quantity], markersize=3
+                )
             if not math.isnan(row.predicted):
                 sizes = curves.columns.to_numpy(float)
                 expected = (sizes / sizes[0]) ** row.predicted
                 axes.plot(sizes, expected, "--", color="black", linewidth=1, zorder=5)
-        word = f" {row.verdict}" if row.verdict in (*BROKEN, "zero") else ""
+        word = f" {row.verdict}" if row.verdict in (*BROKEN, "zero", "negative", "withheld") else ""
         said.append((f"{quantity} {row.measured:+.2f}{word}", alert))
     place = "" if layer == OUTSIDE else f", layer {layer}"
     axes.set_title(f"{tensor}{place}\n" + "\n".join(text for text, _ in said), fontsize=9)
@@ -110,30 +118,39 @@ def _draw_tensor(axes: Axes, rows: pd.DataFrame, means: pd.Series) -> None:
     axes.grid(alpha=0.25)
 
 
+def _shades(quantity: str, steps: int) -> list:
+    """A colour for each step."""
+    return {"init": [QUIET], "allocation": [AMBER]}.get(quantity) or sns.color_palette("Blues", steps + 2)[2:]
+
+
 def _coordinate_legend(part, steps: list[int]) -> None:
     blues = sns.color_palette("Blues", len(steps) + 2)[2:]
     lines = [Line2D([], [], color=QUIET, marker="o", markersize=3, label="init")]
     shown = sorted({0, len(steps) - 1})
     lines += [Line2D([], [], color=blues[i], marker="o", markersize=3, label=f"update, step {steps[i]}") for i in shown]
+    lines += [Line2D([], [], color=AMBER, marker=MARKERS["allocation"], markersize=3, label="allocation")]
     lines += [Line2D([], [], color="black", linestyle="--", label="predicted")]
     lines += [Line2D([], [], color=ALERT, linewidth=2, label="breaks muP's desiderata")]
     part.legend(handles=lines, loc="outside lower right", ncols=len(lines), frameon=False, fontsize=8)
 
 
 def exponents_chart(predicted: pd.DataFrame, table: pd.DataFrame | None = None) -> Figure:
-    """Exponents in the width, a row per tensor: init on the left, update on the right.
+    """Exponents in the width, a row per tensor: of init, update and allocation, from left to right.
 
     predicted: from `theory.predictions`, hollow diamonds. table: from `exponents`, dots with their standard errors, one per
-    layer. The grey band is where muP wants them (the init of an output weight may lie below it); red is outside.
+    layer. The grey band is where muP wants them (the init and the allocation of an output weight may lie lower); red is
+    outside.
     """
     if table is not None and table.parametrization.nunique() > 1:
         raise ValueError(f"the table holds {', '.join(table.parametrization.unique())}: select one of them")
     tensors = in_forward_order(predicted)
-    figure = Figure(figsize=(8.6, 4.2), layout="constrained")
-    for axes, quantity in zip(figure.subplots(1, 2, sharey=True), ("init", "update"), strict=True):
+    outputs = predicted[(predicted.kind == "output") & (predicted.quantity == "init")]
+    head = outputs.loc[outputs.place.idxmax()].predicted
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    for axes, quantity in zip(figure.subplots(1, 3, sharey=True), Growth._fields, strict=True):
         for place, tensor in enumerate(reversed(tensors)):
             for row in predicted[(predicted.tensor == tensor) & (predicted.quantity == quantity)].dropna().itertuples():
-                least, largest = wanted(row.kind, quantity)
+                least, largest = wanted(row.kind, quantity, head)
                 low, high = max(least - TOLERANCE, -FARTHEST - 0.4), largest + TOLERANCE
                 axes.fill_betweenx([place - 0.4, place + 0.4], low, high, color="#dddddd", linewidth=0)
                 color = QUIET if low <= row.predicted <= high else ALERT
@@ -160,7 +177,7 @@ def _in_sight(exponent: float) -> float:
 
 
 def tensor_curves(frame: pd.DataFrame, tensor: str, layer: int = OUTSIDE, step: int | None = None) -> Figure:
-    """One tensor of one coordinate check: the RMS of each of its quantities against the size, with fitted slopes.
+    """One tensor of one coordinate check: each of its quantities, an RMS or nats, against the size, with fitted slopes.
 
     frame: rows of one parametrization from `coordinate_check`. Dots are seeds; dashed: the slope predicted for the
     quantity. step: of update, drift and change (default: the last). Raises ValueError if there is no such tensor.
@@ -186,8 +203,8 @@ def tensor_curves(frame: pd.DataFrame, tensor: str, layer: int = OUTSIDE, step: 
             axes.text(0.5, 0.5, "exactly zero", transform=axes.transAxes, ha="center")
             axes.set_yticks([])
             continue
-        means = own.groupby(axis).rms.apply(lambda rms: float(np.exp(np.log(rms).mean())))
-        axes.plot(own[axis], own.rms, "o", markersize=3, color=ALERT if broken else QUIET, alpha=0.5)
+        means = own.groupby(axis).value.apply(lambda values: float(np.exp(np.log(values).mean())))
+        axes.plot(own[axis], own.value, "o", markersize=3, color=ALERT if broken else QUIET, alpha=0.5)
         axes.plot(means.index, means, color=ALERT if broken else QUIET, linewidth=1.8)
         if not math.isnan(row.predicted):
             middle, centre = np.exp(np.log(means).mean()), np.exp(np.log(means.index.to_numpy(float)).mean())
@@ -198,7 +215,7 @@ def tensor_curves(frame: pd.DataFrame, tensor: str, layer: int = OUTSIDE, step: 
         axes.set_ylim(low / room, high * room)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda rms, _: f"{rms:.3g}"))
         axes.tick_params(labelsize=8)
-    panels[0].set_ylabel("RMS")
+    panels[0].set_ylabel("RMS (allocation: nats)")
     return figure
 
 

@@ -1,4 +1,4 @@
-"""Coordinate checks: how large every site's output is, and how far its updates move it, against a size that grows.
+"""Coordinate checks: how large every site's output is, how far its updates move it, and what they do to the loss.
 
 For a weight W with input x (W0 and x0 at init, W = W0 + dW and x after some steps) four quantities are measured, each the
 root mean square (RMS) over an output's coordinates, on fixed validation tokens:
@@ -9,15 +9,11 @@ root mean square (RMS) over an output's coordinates, on fixed validation tokens:
     change   W x - W0 x0       their sum, which is what other tools show
 
 `update` and `drift` follow different laws. Their sum is a blend that reads like neither: it would condemn a correct muP
-router, and half excuse a wrong one. The verdict rests on `init` and `update`. For the output of the whole MoE, a gated sum
-over experts, two updates are told apart:
+router, and half excuse a wrong one. And each weight has
 
-    from_down  sum g dWdown h         what the down projections' change does to today's hidden values, under today's gates
-    from_up    sum g Wdown0 (h - h')  what the up projections' change does through the initial down projections (h' : without it)
+    allocation    by how much its steps have lowered the loss of those tokens, in nats (see `allocations`)
 
-and for both and the router, whose updates move the gates, what the loss feels of them to first order:
-
-    pull_up, pull_down, pull_router   the component of that part of the output's change along the loss's gradient
+The verdict rests on `init`, `update` and `allocation`: muP's three desiderata.
 """
 
 from __future__ import annotations
@@ -25,32 +21,38 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
 
 import joblib
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from .config import BASED, require, whole
+from .allocations import Entry, Ledger
+from .config import BASED, Config, require, whole
 from .corpus import Corpus, load_corpus
 from .grids import Planned, planned_runs
 from .model import MiniMoE
 from .parametrization import Parametrization
-from .probe import Observed, loss_gradients, mixture_parts, observed, output, route_by
-from .step import SingleRun, TrainOptions
-from .theory import AXES, predicted_exponents, site_labels
+from .probe import OUTSIDE, Observed, observed, output, route_by, sites
+from .step import SingleRun, TrainOptions, losses
+from .theory import NONE, TOLERANCE, exponents_between, site_labels
 from .training import TextData, available_device, one_thread, windows
 
 PROBED = 512  # validation tokens
+WIDTHS = (64, 128, 256, 512)
 SIZES = (*BASED, "expert_ratio", "batch_size")  # what can grow in a check
+SHAPELESS = ("depth", "n_experts", "top_k")  # sizes whose base acts through cells alone: the smallest, unless it is given
+LOSS = "loss"  # in place of a tensor: the sum of the allocations, and the true fall of the loss
 ROUTINGS = ("free", "forced", "frozen")
 
 
 def coordinate_check(
     parametrization: str | Parametrization | Sequence[str | Parametrization] = "mup",
-    widths: Sequence[int] = (64, 128, 256, 512),
+    widths: int | Sequence[int] | None = None,
     steps: int = 5,
     seeds: Sequence[int] = (0, 1, 2),
     lr: float = 2.0**-13,
@@ -59,23 +61,28 @@ def coordinate_check(
     routing: str = "free",
     batch_size: int | Sequence[int] = 16,
     eps: float = 1e-15,
+    path: Mapping[str, Iterable] | None = None,
     n_jobs: int | None = None,
     device: str | torch.device | None = None,
     **fields,
 ) -> pd.DataFrame:
     """Train a few steps at a constant LR (no warm-up, decay or clipping), and measure every site after each.
 
-    One row per parametrization, size, seed, step, layer, tensor (the site's name) and quantity, with its `rms`; the
-    `alignment` of an update: the RMS over what it would be if no two terms of any sum cancelled; the exponent of the RMS in
-    the size that is `predicted` (NaN for drift and change, and for a size without a theory); and what the site is: the role
-    whose row serves it, its kind, source, degree and place (see `theory.site_labels`). Step 0 has init, later steps the rest.
-    Layer -1 is outside the blocks. Tensors: embedding, q, k, v, o, router, up, down and logits, each the output of a weight;
-    scores (of attention), moe (output) and residual (stream) are no weight's own, and have init and change only (moe: the
-    parts of its change too). Experts are measured on the tokens they get.
+    One row per parametrization, size, seed, step, layer, tensor (the site's name) and quantity, with its `value`, an RMS or
+    nats; the `alignment` of an update: the RMS over what it would be if no two terms of any sum cancelled; the exponent of
+    the value in the size that is `predicted` (NaN where there is no theory, as for drift and change); and what the site is:
+    the role whose row serves it, its kind, source, degree and place (see `theory.site_labels`). Step 0 has init; later steps
+    have the rest, all since the start. Layer -1 is outside the blocks. Tensors: embedding, q, k, v, o, router, up, down and
+    logits, each the output of a weight; scores (of attention), moe (output) and residual (stream) are no weight's own, and
+    have init and change only; loss has the sum of all allocations, and the true fall. Experts are measured on the tokens
+    they get.
 
-    The size is the width or, with one width, the one other field of Config that has several values (`granularity=(1, 2, 4)`,
-    `depth=(2, 8)`), or the batch size. For granularity give a base_granularity, mostly 1: by default each granularity is its
-    own base, whose std is that of its true fan_in. fields: of Config, each one value, several, or a function of the sizes.
+    The size is the width (default 64, 128, 256, 512), or the one other field of Config that has several values
+    (`granularity=(1, 2, 4)`, `depth=(2, 8)`), or the batch size; then the width is 64 unless you give it. Or several grow
+    together: `path={"width": (64, 128), "n_experts": (4, 8)}`. Slopes are taken against the first of SIZES that grows.
+    fields: of Config, each one value, several, or a function of the sizes. Where the depth or a number of experts grows, the
+    smallest one is its base unless you give it (`base_depth=`), so that cells may use it. For granularity give a
+    base_granularity, mostly 1: by default each granularity is its own base, whose std is that of its true fan_in.
 
     lr: predictions are to first order in the updates. The default is small enough for that even where updates grow by
     2^3 over the widths; at a training LR such tables leave the linear regime (their steps overshoot, their inputs blow up).
@@ -97,11 +104,15 @@ def coordinate_check(
     if routing == "forced":
         fields |= {"forced_balance": True}
     corpus, device = load_corpus(corpus), available_device(device)
-    axes = {"width": widths, **fields, "batch_size": batch_size, "steps": steps}
-    runs = planned_runs(parametrization, [lr], seeds, corpus, TrainOptions(eps=eps), axes)
+    axes, path = _with_bases({"width": widths, **fields, "batch_size": batch_size, "steps": steps}, dict(path or {}))
+    runs = planned_runs(parametrization, [lr], seeds, corpus, TrainOptions(eps=eps), axes, path)
     axis = size_axis(pd.DataFrame([_sizes(run) for run in runs]))
+    expected = {table: _expected(rows, axis) for table, rows in _by_table(runs).items()}
     longest_first = sorted(runs, key=lambda run: tuple(-size for size in _sizes(run).values()))
-    jobs = (joblib.delayed(_measured_run)(run, corpus, device, routing, axis) for run in longest_first)
+    jobs = (
+        joblib.delayed(_measured_run)(run, corpus, device, routing, expected[run.config.parametrization.name])
+        for run in longest_first
+    )
     n_jobs = min(n_jobs or joblib.cpu_count(), len(runs)) if device.type == "cpu" else 1
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "A worker stopped while some jobs")  # a wide model is no memory leak
@@ -110,40 +121,76 @@ def coordinate_check(
     return pd.DataFrame([row for run in runs for row in measured[run]])
 
 
+def _with_bases(axes: dict, path: dict) -> tuple[dict, dict]:
+    """The axes and the path with widths where neither has them, and with the bases of SHAPELESS sizes that grow."""
+    grown = {name: tuple(values) for name, values in {**axes, **path}.items() if name in SIZES and isinstance(values, Iterable)}
+    if axes["width"] is None:
+        alone = "width" not in path and not any(len(values) > 1 for values in grown.values())
+        axes = {name: value for name, value in axes.items() if name != "width"}
+        axes |= {} if "width" in path else {"width": WIDTHS if alone else WIDTHS[:1]}
+    bases = {f"base_{name}": min(grown[name]) for name in SHAPELESS if grown.get(name)}
+    return bases | axes, path
+
+
+def _by_table(runs: Iterable[Planned]) -> dict[str, list[Planned]]:
+    found: dict[str, list[Planned]] = {}
+    for run in runs:
+        found.setdefault(run.config.parametrization.name, []).append(run)
+    return found
+
+
+def _expected(runs: list[Planned], axis: str) -> dict[tuple[str, str], float]:
+    """(site, quantity) -> the exponent between the ends of one table's path, if all its parts agree; none for batch sizes."""
+    configs = list(dict.fromkeys(replace(run.config, seed=0) for run in runs))
+    if len(configs) < 2:
+        return {}
+    configs.sort(key=lambda config: getattr(config, axis))
+    parts = [exponents_between(*pair, axis) for pair in pairwise(configs)]
+    ends = exponents_between(configs[0], configs[-1], axis)
+    agreed = (key for key in ends if all(abs(part.get(key, math.inf) - ends[key]) < TOLERANCE / 2 for part in parts))
+    return {key: ends[key] for key in agreed}
+
+
 def _sizes(run: Planned) -> dict[str, int]:
     """name -> value, for each of SIZES."""
     return {name: getattr(run.options if name == "batch_size" else run.config, name) for name in SIZES}
 
 
 def size_axis(frame: pd.DataFrame) -> str:
-    """The size that grows in a coordinate check's frame, e.g. "width". Raises ValueError unless it is exactly one."""
+    """The size that grows in a coordinate check's frame, e.g. "width"; of several that grow together, the first of SIZES.
+
+    Raises ValueError where none grows, or where two do and are not larger together."""
     growing = [name for name in SIZES if name in frame and frame[name].nunique() > 1]
     if not growing:
         raise ValueError(f"widths={sorted(set(frame.width))}: a slope over the width needs at least two")
-    if len(growing) > 1:
-        raise ValueError(f"both {' and '.join(growing)} have several values: let one of them grow at a time")
+    points = frame[growing].drop_duplicates().sort_values(growing)
+    if not all(points[name].is_monotonic_increasing for name in growing) or points[growing[0]].duplicated().any():
+        raise ValueError(f"both {' and '.join(growing)} have several values: let one of them grow at a time, or all along a path")
     return growing[0]
 
 
-def _measured_run(run: Planned, corpus: Corpus, device: torch.device, routing: str, axis: str) -> list[dict]:
+def _measured_run(run: Planned, corpus: Corpus, device: torch.device, routing: str, expected: Mapping) -> list[dict]:
     """One run's rows."""
     config, options = run.config, run.options
     data, about = TextData(corpus, device), site_labels(config)
-    predicted = predicted_exponents(config, axis) if axis in AXES else {}
+    about[OUTSIDE, LOSS] = {"role": NONE, "kind": NONE, "source": NONE, "degree": 1, "place": len(about)}
     labels = {"parametrization": config.parametrization.name, **_sizes(run), "seed": config.seed}
     order = data.order([config.seed], run.steps, options.batch_size, config.context)
     (probe,) = data.validation(1, math.ceil(PROBED / config.context), config.context)
     rows = []
 
-    def add(step: int, measured: Iterator[dict]) -> None:
+    def add(step: int, measured: Iterable[dict]) -> None:
         for row in measured:
-            exponent = predicted.get((row["tensor"], row["quantity"]), math.nan)
+            exponent = expected.get((row["tensor"], row["quantity"]), math.nan)
             rows.append({**labels, "step": step, **row, "predicted": exponent, **about[row["layer"], row["tensor"]]})
 
     with one_thread():
         model = MiniMoE(config).to(device)
         initial, engine = copy.deepcopy(model), SingleRun([model], [run.lr], options, run.steps)
         start, constant = observed(initial, probe[:, :-1]), dict.fromkeys(engine.roles, 1.0)
+        if routing == "frozen":
+            route_by(model, start.experts)
+        ledger, booked = Ledger(model, lambda: losses(model, config, probe)[1], intervals=1), Booked(config)
         add(0, at_init(start))
         for step in range(1, run.steps + 1):
             batch = windows(data.train, order[step - 1], config.context)  # (1, B, T + 1)
@@ -152,55 +199,60 @@ def _measured_run(run: Planned, corpus: Corpus, device: torch.device, routing: s
             engine.step(batch, constant)
             if routing == "frozen":
                 route_by(model, start.experts)
-            add(step, since(start, observed(model, probe[:, :-1]), loss_gradients(model, probe)))
+            booked.add(ledger.entry())
+            add(step, [*since(start, observed(model, probe[:, :-1])), *booked.rows()])
     return rows
+
+
+class Booked:
+    """The allocations of a run so far, by site."""
+
+    def __init__(self, config: Config):
+        self.sites = {(site.layer, site.name): site.parameters for site in sites(config) if site.parameters}
+        self.nats, self.fall = Counter(), 0.0
+
+    def add(self, entry: Entry) -> None:
+        self.nats.update(entry.allocations)
+        self.fall += entry.fall
+
+    def rows(self) -> Iterator[dict]:
+        """A row for each weight's allocation, one for their sum, and one for the true fall of the loss."""
+        for place, parameters in self.sites.items():
+            yield _row(*place, "allocation", math.fsum(self.nats[name] for name in parameters))
+        yield _row(OUTSIDE, LOSS, "allocation", math.fsum(self.nats.values()))
+        yield _row(OUTSIDE, LOSS, "fall", self.fall)
 
 
 def at_init(start: Observed) -> Iterator[dict]:
     """A row for the init of every site."""
     for site in start.sites.values():
         if site.weight is None:
-            yield _row(site.layer, site.name, "init", site.output)
+            yield _row(site.layer, site.name, "init", rms(site.output))
         else:
             rows, serving = site.input(start.experts[site.layer])
-            yield _row(site.layer, site.name, "init", output(rows, site.weight, serving))
+            yield _row(site.layer, site.name, "init", rms(output(rows, site.weight, serving)))
 
 
-def since(start: Observed, now: Observed, gradients: list[Tensor]) -> Iterator[dict]:
-    """A row for every site's update, drift and change, and for the parts of a mixture's change.
-
-    gradients: of the loss at each layer's mixture (N, D), today. Both models are measured under today's choice of experts.
-    """
+def since(start: Observed, now: Observed) -> Iterator[dict]:
+    """A row for every site's update, drift and change. Both models are measured under today's choice of experts."""
     for place, site in now.sites.items():
         before, labels = start.sites[place], (site.layer, site.name)
         if site.weight is None:
-            yield _row(*labels, "change", site.output - before.output)
+            yield _row(*labels, "change", rms(site.output - before.output))
         else:
             (x, serving), (x0, _) = (seen.input(now.experts[site.layer]) for seen in (site, before))
             moved = site.weight - before.weight
             update, drift = output(x, moved, serving), output(x - x0, before.weight, serving)
-            largest = _rms(output(x.abs(), moved.abs(), serving))
-            yield _row(*labels, "update", update, alignment=_rms(update) / largest if largest else math.nan)
-            yield _row(*labels, "drift", drift)
-            yield _row(*labels, "change", update + drift)
-        if site.made_by == "mixture":
-            for source, part in mixture_parts(start, now, site.layer).items():
-                if source in site.made_of:
-                    yield _row(*labels, f"from_{source}", part)
-                yield _row(*labels, f"pull_{source}", _along(part, gradients[site.layer]))
+            largest = rms(output(x.abs(), moved.abs(), serving))
+            yield _row(*labels, "update", rms(update), alignment=rms(update) / largest if largest else math.nan)
+            yield _row(*labels, "drift", rms(drift))
+            yield _row(*labels, "change", rms(update + drift))
 
 
-def _along(part: Tensor, gradient: Tensor) -> Tensor:
-    """(N,) per token: the component of a part (N, D) of an output's change along the loss's gradient there (N, D).
-
-    It is divided by sqrt(D), so that its RMS compares with the RMS of the whole part.
-    """
-    return (part * F.normalize(gradient, dim=-1)).sum(-1) / math.sqrt(part.shape[-1])
+def _row(layer: int, tensor: str, quantity: str, value: float, alignment: float = math.nan) -> dict:
+    return {"layer": layer, "tensor": tensor, "quantity": quantity, "value": value, "alignment": alignment}
 
 
-def _row(layer: int, tensor: str, quantity: str, value: Tensor, alignment: float = math.nan) -> dict:
-    return {"layer": layer, "tensor": tensor, "quantity": quantity, "rms": _rms(value), "alignment": alignment}
-
-
-def _rms(value: Tensor) -> float:
+def rms(value: Tensor) -> float:
+    """The root mean square over all entries."""
     return float(value.square().mean().sqrt())

@@ -19,13 +19,14 @@ from matplotlib.figure import Figure
 from .config import Config
 from .coordinate_figures import exponents_chart, in_forward_order, tensor_curves
 from .coordinates import coordinate_check
+from .diagnoses import diagnosis
 from .figures import lr_curves
 from .parametrization import CELLS, Monomial, Parametrization, as_monomial, fan_in, width
 from .probe import OUTSIDE
 from .tables import PARAMETRIZATIONS, parametrization
 from .theory import predicted_exponents, predictions
 from .transfer import losses_at, regrets
-from .verdicts import diagnosis, exponents
+from .verdicts import exponents
 
 DPI = 90
 PLURALS = {"width": "widths", "n_experts": "experts", "granularity": "granularities"}

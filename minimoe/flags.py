@@ -68,6 +68,11 @@ def path_field(text: str) -> tuple[str, list]:
     return name, [kinds[name](value) for value in values.split(",")]
 
 
+def size_field(text: str) -> str:
+    """n-experts -> n_experts."""
+    return text.replace("-", "_")
+
+
 def _kind(f: dataclasses.Field) -> type:
     """The type in which a flag reads a field."""
     return {"int": int, "int | None": int, "float": float, "float | None": float}.get(f.type, str)

@@ -36,6 +36,8 @@ class Site(NamedTuple):
     made_by: str = ""  # what is no weight's own: a product, a sum, or a mixture (a gated sum over experts)
     made_of: tuple[str, ...] = ()  # of these sites; of a mixture, the experts' inner and outer weights
     gate: str = ""  # the site whose output moves a mixture's gates; none where their sum is 1
+    mixes: str = ""  # of what sets the shares of a sum: the site whose outputs are summed
+    mixed: int = 1  # and how many coordinates of them each share multiplies
     weight: Tensor | None = None  # effective: (fan_in, fan_out), of experts (E, fan_in, fan_out)
     input: Callable | None = None  # the layer's chosen experts (N, K) -> rows (n, fan_in), the expert of each row or None
     output: Tensor | None = None  # of what is no weight's own
@@ -53,10 +55,10 @@ def sites(config: Config) -> list[Site]:
     for layer in range(config.depth):
         attention, moe = (f"blocks.{layer}.{part}." for part in ("attention", "moe"))
         found += [weighed(layer, name, attention + name) for name in "qkv"]
-        found.append(Site(layer, "scores", made_by="product", made_of=("q", "k")))
+        found.append(Site(layer, "scores", made_by="product", made_of=("q", "k"), mixes="v", mixed=config.head_size))
         found.append(weighed(layer, "o", attention + "o", source="v"))
         if config.experts > 1:
-            found.append(weighed(layer, "router", moe + "router"))
+            found.append(weighed(layer, "router", moe + "router", mixes="down", mixed=config.width))
         found.append(weighed(layer, "up", moe + "up"))
         found.append(weighed(layer, "down", moe + "down", source="up", degree=product_of_two))
         gate = "" if config.experts == 1 or config.renormalize else "router"
@@ -170,38 +172,6 @@ def output(rows: Tensor, weight: Tensor, experts: Tensor | None) -> Tensor:
         mine = experts == number
         out[mine] = rows[mine] @ own
     return out
-
-
-@torch.no_grad()
-def mixture_parts(start: Observed, now: Observed, layer: int) -> dict[str, Tensor]:
-    """What the changes of the up projections, the down projections and the router each do to the MoE's output (N, D)."""
-    gates, chosen = now.gates[layer], now.experts[layer]  # (N, K)
-    up, down = ((start.sites[layer, name], now.sites[layer, name]) for name in ("up", "down"))
-    rows, serving = up[1].input(chosen)  # (S, D), (S,)
-    hidden, _ = down[1].input(chosen)  # (S, M)
-    hidden0 = activated(now.model.config.activation, output(rows, up[0].weight, serving))
-    parts = {
-        "up": (gates, output(hidden - hidden0, down[0].weight, serving)),
-        "down": (gates, output(hidden, down[1].weight - down[0].weight, serving)),
-    }
-    if (layer, "router") in now.sites:
-        logits0 = now.sites[layer, "router"].input(chosen)[0] @ start.sites[layer, "router"].weight  # (N, E)
-        gates0 = now.model.blocks[layer].moe.gates(torch.softmax(logits0, -1), chosen)  # of today's experts: none is exchanged
-        parts["router"] = (gates - gates0, output(hidden, down[1].weight, serving))
-    return {name: (gate[..., None] * rows.unflatten(0, gate.shape)).sum(1) for name, (gate, rows) in parts.items()}
-
-
-def loss_gradients(model: MiniMoE, batch: Tensor) -> list[Tensor]:
-    """The gradient of the loss at each layer's MoE output: (N, D) per layer. batch: (B, T + 1) tokens; the loss is the
-    cross-entropy alone."""
-    outputs: list[Tensor] = []
-    hooks = [block.moe.register_forward_hook(lambda m, inputs, output: outputs.append(output[0])) for block in model.blocks]
-    try:
-        logits = model(batch[:, :-1]).logits
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return list(torch.autograd.grad(F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()), outputs))
 
 
 def route_by(model: MiniMoE, experts: list[Tensor]) -> None:

@@ -38,6 +38,11 @@ class Role:
         """The number of terms in each sum that a parameter of this shape makes; 1 for a gain or a bias."""
         return math.prod(shape[axis] for axis in self.fan_in_axes)
 
+    def fan_out(self, shape: tuple[int, ...]) -> int:
+        """The number of outputs of one matrix of a parameter of this shape: its last axis that is not summed over."""
+        summed = {axis % len(shape) for axis in self.fan_in_axes}
+        return next((size for axis, size in reversed(list(enumerate(shape))) if axis not in summed), 1)
+
 
 class RoleParameter(nn.Parameter):
     """An `nn.Parameter` that carries its `Role` as `.role`, through deepcopy too."""

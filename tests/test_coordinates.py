@@ -6,9 +6,9 @@ import pytest
 
 from minimoe import PARAMETRIZATIONS, Config, coordinate_check, coordinate_curves, exponents, fan_in
 from minimoe.arms import ARMS
+from minimoe.diagnoses import diagnosis
 from minimoe.probe import sites
 from minimoe.theory import NONE, TOLERANCE
-from minimoe.verdicts import diagnosis
 
 TINY = {"widths": (32, 64), "steps": 2, "seeds": (0,), "n_jobs": 1, "context": 16, "n_experts": 4}
 FIXED = PARAMETRIZATIONS["simplep"].replace("router", lr=1 / fan_in)

@@ -7,9 +7,11 @@ import pandas as pd
 import pytest
 
 from minimoe import PARAMETRIZATIONS, Config, coordinate_check, exponents, fan_in, mystery, predicted_exponents, suspects
+from minimoe.diagnoses import diagnosis
 from minimoe.identity import tensor_numbers
+from minimoe.mutations import is_harmless, mutants
 from minimoe.theory import NONE, TOLERANCE, site_labels
-from minimoe.verdicts import BROKEN, diagnosis, is_harmless, mutants
+from minimoe.verdicts import BROKEN
 
 TINY = {"widths": (32, 64), "steps": 2, "seeds": (0,), "n_jobs": 1, "context": 16, "n_experts": 4}
 MUP = PARAMETRIZATIONS["mup"]
