@@ -96,6 +96,8 @@ class Ledger:
             loss = self.probe()
             if not isinstance(loss, Tensor) or loss.numel() != 1:
                 raise ValueError(f"the loss must be a tensor of one number, got {_described(loss)}")
+            if not loss.requires_grad:
+                raise ValueError("the loss does not depend on any parameter: was it computed without gradients?")
             params = list(self.params.values())
             gradients = torch.autograd.grad(loss.squeeze(), params, allow_unused=True)
         unused = (torch.zeros_like(param) if found is None else found for found, param in zip(gradients, params, strict=True))
@@ -128,7 +130,7 @@ def allocation(
 
     One row per step and tensor: step (from 1), tensor, allocation (nats); and of the whole step: fall (of the probe's loss,
     nats), closure (sum of the allocations over the fall) and points (gradients on the line of the step: 2 is the trapezoidal
-    rule, 3 Simpson's, more are Simpson's on parts; at most 2 * intervals / 1 + 1). A longer training is the sum of its steps:
+    rule, 3 Simpson's, more are Simpson's on parts). A longer training is the sum of its steps:
     `frame.groupby("tensor").allocation.sum()`. For a training loop of your own see `Ledger`.
 
     Raises ValueError for no batch, no trainable parameter, or a loss that is no finite number at the start.

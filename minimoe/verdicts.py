@@ -38,7 +38,9 @@ def exponents(
     agrees: measured and predicted differ by at most TOLERANCE (missing where nothing is predicted, or all is zero): the
     theory describes the run. verdict, of inits, updates and allocations: does the tensor do as muP asks (see
     `theory.wanted`), whatever was predicted? "holds": it does, within TOLERANCE; "shrinks", "explodes" (a run that diverged,
-    too); "zero": the value is exactly zero, and there is no slope; "negative": a mean allocation is, and has no logarithm;
+    too); "unclear": an allocation's slope lies outside, but by less than two standard errors, or not between the two largest
+    sizes any more (muP's raw gates, say, flatten over the first doublings, and what passes through them with them); "zero":
+    the value is exactly zero, and there is no slope; "negative": a mean allocation is, and has no logarithm;
     "withheld": the allocations do not add up to the fall of the loss within BOUND, and `why` says what is in the way; else
     "unjudged". closure: of allocations, the sum over the fall at the size where that is farthest from 1. alignment: mean
     over sizes and seeds. What is said of the site itself (role, kind, source, degree, place) comes last.
@@ -74,7 +76,12 @@ def exponents(
             predicted = group.predicted.iloc[0]
             measured, stderr = slopes[key]
             about = {column: group[column].iloc[-1] for column in ABOUT}
-            verdict = _verdict(about["kind"], key[2], measured, group.value, head) if _judged(key, group, frame) else "unjudged"
+            judged = _judged(key, group, frame)
+            verdict = (
+                _verdict(*slopes[key], group.set_index(axis).value, key[2], wanted(about["kind"], key[2], head))
+                if judged
+                else "unjudged"
+            )
             allocated = key[2] == "allocation"
             if (group.value == 0).any():
                 verdict = "zero"
@@ -173,13 +180,21 @@ def _slope(sizes: np.ndarray, values: np.ndarray, quantity: str) -> tuple[float,
     return float(slope), math.sqrt((residuals**2).sum() / freedom / spread) if freedom else math.nan
 
 
-def _verdict(kind: str, quantity: str, slope: float, values: pd.Series, head: float) -> str:
-    low, high = wanted(kind, quantity, head)
-    if not np.isfinite(values).all() or slope > high + TOLERANCE:
+def _verdict(slope: float, stderr: float, values: pd.Series, quantity: str, allowed: tuple[float, float]) -> str:
+    """values: by size. allowed: (least, largest) slope."""
+    low, high = allowed
+    if not np.isfinite(values).all():
         return "explodes"
     if math.isnan(slope):  # a mean allocation that is not positive
         return "negative"
-    return "shrinks" if slope < low - TOLERANCE else "holds"
+    if low - TOLERANCE <= slope <= high + TOLERANCE:
+        return "holds"
+    if quantity == "allocation":
+        *_, before, last = values.groupby(level=0).mean().items()
+        end = math.log(last[1] / before[1], last[0] / before[0])
+        if low - 2 * stderr <= slope <= high + 2 * stderr or low - TOLERANCE <= end <= high + TOLERANCE:
+            return "unclear"
+    return "explodes" if slope > high else "shrinks"
 
 
 def exponents_text(table: pd.DataFrame) -> str:

@@ -1,0 +1,268 @@
+"""A coordinate check of any torch module: nothing is asked of it but its parameters, an optimizer and a loss.
+
+    def build(width):
+        model = nn.Sequential(nn.Embedding(96, width), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 96))
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-4, eps=1e-15)
+
+    frame = check_module(build, (64, 128, 256), loss, batches, probe)
+    print(exponents(frame))
+
+Every parameter has its allocation. Where the input of a weight is to be had without guessing, it has init and update too:
+`nn.Linear`, `nn.Embedding`, and a parameter that declares its role and is used as `x @ (self.w_multiplier * self.w)`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from .allocations import Ledger, evaluating
+from .config import require
+from .coordinates import LOSS, SIZES, rms
+from .probe import OUTSIDE, effective, recorded_inputs
+from .theory import KINDS, NONE, kind, law
+
+ROUTER = "router"  # a kind here, besides KINDS: an output weight whose outputs are the shares of a sum
+BETAS, EPS = (0.9, 0.95), 1e-15  # of AdamW where `build` gives parameter groups; eps out of the way, as the theory has it
+Built = tuple[nn.Module, "Optimizer | Iterable[dict]"]
+
+
+class _Made(NamedTuple):
+    """One parameter of a model as it was built."""
+
+    shape: tuple[int, ...]
+    std: float  # of its entries at init
+    multiplier: float
+    lr: float
+    fan_in: int  # 1 where its layer is not known
+    axes: tuple[int, ...] | None  # of its fan_in, if it declares a role
+    kind: str
+
+
+def check_module(
+    build: Callable[[int], Built],
+    sizes: Sequence[int],
+    loss: Callable[[nn.Module, object], Tensor],
+    batches: Iterable | Callable[[int], Iterable],
+    probe: object,
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    kinds: Mapping[str, str] | None = None,
+    axis: str = "width",
+    name: str = "module",
+) -> pd.DataFrame:
+    """Train the module that `build` makes at each size, a step on each batch, and measure every parameter after each step.
+
+    build: size -> (module, optimizer), or (module, parameter groups), for which AdamW is made with eps 1e-15; torch's seed
+    is set before. loss: (module, batch) -> (), for the batches and the probe alike. batches: the same for all sizes and
+    seeds, or a function of the seed. probe: a batch that is not trained on, always the same. axis: what the size is, one of
+    `coordinates.SIZES`. name: what the rows are called under `parametrization`.
+
+    Predictions are to first order: take a small LR (2^-13, say) and few steps. `exponents` withholds its verdict where the
+    allocations do not add up to the fall of the loss.
+
+    kinds: parameter's name or pattern -> input, hidden, output, fixed (see `theory.KINDS`; a gain or bias that grows is an
+    input) or router, e.g. {"lm_head.*": "output", "*.gate.weight": "router"}; `explain(module, build)` has a column of
+    them. A parameter that declares a role needs none. Where the kinds are known, exponents are predicted from what the
+    optimizer and the init do between the smallest and the largest size; the last output weight is taken for the head. Where
+    a kind is not known, the allocation is measured alone, and muP's question is put to it as to a router's.
+
+    Returns a frame like `coordinate_check`'s, for `exponents`, `suspects`, `diagnosis` and the figures: one row per size,
+    seed, step, layer (the place in a ModuleList; -1 outside), tensor (the parameter's name, with * for the layer) and
+    quantity: init, update, allocation; and for the tensor "loss" allocation (the sum) and fall. Raises ValueError for bad
+    input, or a model whose parameters' names change with the size, unless the axis is depth.
+    """
+    sizes, seeds = list(dict.fromkeys(sizes)), list(dict.fromkeys(seeds))
+    require(len(sizes) > 1, "sizes", sizes, "a slope needs at least two")
+    require(len(seeds) > 0, "seeds", seeds, "is empty")
+    require(axis in SIZES, "axis", axis, f"must be one of {', '.join(SIZES)}")
+    rows, made = [], {}
+    for size in sizes:
+        for seed in seeds:
+            torch.manual_seed(seed)
+            module, optimizer = _built(build(size))
+            if seed == seeds[0]:
+                made[size] = _made(module, optimizer, kinds or {})
+            run = _measured(module, optimizer, loss, list(batches(seed) if callable(batches) else batches), probe)
+            rows += [{"parametrization": name, axis: size, "seed": seed, **row} for row in run]
+    return _labelled(pd.DataFrame(rows), made[min(sizes)], made[max(sizes)], max(sizes) / min(sizes), axis)
+
+
+def _built(built: Built) -> tuple[nn.Module, Optimizer]:
+    if not (isinstance(built, tuple) and len(built) == 2 and isinstance(built[0], nn.Module)):
+        raise TypeError("build must return a module and its optimizer (or its parameter groups)")
+    module, optimizer = built
+    return module, optimizer if isinstance(optimizer, Optimizer) else torch.optim.AdamW(
+        list(optimizer), betas=BETAS, eps=EPS, weight_decay=0.0
+    )
+
+
+def _measured(module: nn.Module, optimizer: Optimizer, loss: Callable, batches: list, probe: object) -> Iterator[dict]:
+    """One run's rows: step, tensor (the parameter's whole name), quantity and value."""
+    require(len(batches) > 0, "batches", batches, "is empty: a check needs at least one step")
+    ledger, nats, fall = Ledger(module, lambda: loss(module, probe), intervals=1), Counter(), 0.0
+    initial = {name: param.detach().clone() for name, param in module.named_parameters()}
+    for name, use in uses(module, lambda: loss(module, probe)).items():
+        yield {"step": 0, "tensor": name, "quantity": "init", "value": rms(use(initial[name]))}
+    for step, batch in enumerate(batches, 1):
+        optimizer.zero_grad()
+        loss(module, batch).backward()
+        optimizer.step()
+        entry = ledger.entry()
+        nats.update(entry.allocations)
+        fall += entry.fall
+        now = dict(module.named_parameters())
+        for name, use in uses(module, lambda: loss(module, probe)).items():
+            yield {"step": step, "tensor": name, "quantity": "update", "value": rms(use(now[name].detach() - initial[name]))}
+        for name in entry.allocations:
+            yield {"step": step, "tensor": name, "quantity": "allocation", "value": nats[name]}
+        yield {"step": step, "tensor": LOSS, "quantity": "allocation", "value": math.fsum(nats.values())}
+        yield {"step": step, "tensor": LOSS, "quantity": "fall", "value": fall}
+
+
+@torch.no_grad()
+def uses(module: nn.Module, forward: Callable[[], object]) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Parameter's name -> a function: a tensor in its place -> the output that it makes of the inputs of `forward`.
+
+    For the weights of `nn.Linear` and `nn.Embedding`, and for parameters with a role that are used as `x @ (m * w)`.
+    """
+    names = {id(param): name for name, param in module.named_parameters()}
+    seen: dict[str, list[Tensor]] = {}
+    layers = {}
+    with evaluating(module), _inputs_of_layers(module, lambda layer, x: seen.setdefault(names[id(layer.weight)], []).append(x)):
+        layers = {names[id(layer.weight)]: layer for layer in module.modules() if _is_known(layer)}
+        recorded = recorded_inputs(module, forward)
+    found = {name: _use(layers[name], torch.cat([x.flatten(0, _last(layers[name])) for x in xs])) for name, xs in seen.items()}
+    for name, x in recorded.items():
+        if module.get_parameter(name).ndim == 2:
+            multiplier = module.get_buffer(f"{name}_multiplier")
+            found[name] = lambda weight, x=x, multiplier=multiplier: x.flatten(0, -2) @ (multiplier * weight)
+    return found
+
+
+def _last(layer: nn.Module) -> int:
+    """The last axis of its input that only numbers its rows."""
+    return -1 if isinstance(layer, nn.Embedding) else -2
+
+
+def _use(layer: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    product = F.embedding if isinstance(layer, nn.Embedding) else F.linear
+    return lambda weight: product(x, weight)
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Whether it is a layer whose product we know: a subclass with a forward pass of its own might do something else."""
+    return type(module).forward in (nn.Linear.forward, nn.Embedding.forward)
+
+
+@contextmanager
+def _inputs_of_layers(module: nn.Module, see: Callable[[nn.Module, Tensor], object]) -> Iterator[None]:
+    known = (layer for layer in module.modules() if _is_known(layer))
+    hooks = [layer.register_forward_pre_hook(lambda layer, inputs: see(layer, inputs[0].detach())) for layer in known]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _made(module: nn.Module, optimizer: Optimizer, given: Mapping[str, str]) -> dict[str, _Made]:
+    """Parameter's name -> how it was made, in the order of the module."""
+    lrs = {id(param): group["lr"] for group in optimizer.param_groups for param in group["params"]}
+    names = dict(module.named_parameters())
+    layers = {id(layer.weight): layer for layer in module.modules() if _is_known(layer)}
+    for pattern, wanted in given.items():
+        require(wanted in (*KINDS, ROUTER), f"kinds[{pattern!r}]", wanted, f"must be one of {', '.join((*KINDS, ROUTER))}")
+        require(any(fnmatchcase(name, pattern) for name in names), "kinds", pattern, "no parameter has such a name")
+    found = {}
+    for name, param in names.items():
+        role, layer = getattr(param, "role", None), layers.get(id(param))
+        kinds = [value for pattern, value in given.items() if fnmatchcase(name, pattern)]
+        fan_in = role.fan_in(param.shape) if role else layer.in_features if isinstance(layer, nn.Linear) else 1
+        multiplier = effective(module, name).detach().norm() / param.detach().norm() if role else torch.ones(())
+        found[name] = _Made(
+            tuple(param.shape),
+            param.detach().std(correction=0).item(),
+            multiplier.item(),
+            lrs.get(id(param), math.nan),
+            fan_in,
+            role.fan_in_axes if role else None,
+            kinds[0] if kinds else (ROUTER if role and role.name == ROUTER else NONE),
+        )
+    return found
+
+
+def _labelled(frame: pd.DataFrame, small: dict[str, _Made], large: dict[str, _Made], ratio: float, axis: str) -> pd.DataFrame:
+    """The frame with what `exponents` wants to know of each tensor: its layer, kind and place, and what is predicted."""
+    if set(small) != set(large) and axis != "depth":
+        only = sorted(set(small) ^ set(large))
+        raise ValueError(f"build makes models of other parameters: {', '.join(only[:5])}{' ...' if len(only) > 5 else ''}")
+    large = {name: made._replace(kind=_kind(made, small.get(name, made))) for name, made in large.items()}
+    predicted = {} if axis == "depth" else dict(_predicted(small, large, ratio))
+    rows, places = [], {name: place for place, name in enumerate([*large, LOSS])}
+    for row in frame.to_dict("records"):
+        name = row["tensor"]
+        layer, tensor = _layer_of(name)
+        kind_of = large[name].kind if name in large else NONE
+        row |= {"layer": layer, "tensor": tensor, "alignment": math.nan}
+        row |= {"predicted": predicted.get((name, row["quantity"]), math.nan), "role": NONE if name == LOSS else tensor}
+        row |= {"kind": "output" if kind_of == ROUTER else kind_of, "source": NONE, "degree": 1, "place": places[name]}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _kind(made: _Made, small: _Made) -> str:
+    """Its kind as it was given, or as its role and shapes tell."""
+    if made.kind != NONE or made.axes is None:
+        return made.kind
+    return kind(made.shape, small.shape, [axis % len(made.shape) for axis in made.axes])
+
+
+def _layer_of(name: str) -> tuple[int, str]:
+    """(the place in a list of layers, the name with * for it), from the first number in a name; -1 where there is none.
+
+    blocks.3.moe.up -> 3, blocks.*.moe.up. A name that ends in a number's own weight (0.weight, of a Sequential) is no layer's.
+    """
+    parts = name.split(".")
+    numbers = [place for place, part in enumerate(parts) if part.isdigit() and place > 0 and len(parts) - place > 2]
+    if not numbers:
+        return OUTSIDE, name
+    first = numbers[0]
+    return int(parts[first]), ".".join([*parts[:first], "*", *parts[first + 1 :]])
+
+
+def _predicted(small: dict[str, _Made], large: dict[str, _Made], ratio: float) -> Iterator[tuple[tuple[str, str], float]]:
+    """(name, quantity) -> its exponent by the law of `theory`, for parameters whose kind is known.
+
+    As there, norms are taken to make every input O(1), and hidden weights to keep the size of the gradient.
+    """
+
+    def log(after: float, before: float) -> float:
+        return math.log(after / before, ratio) if after > 0 and before > 0 else math.nan
+
+    heads = [name for name, made in large.items() if made.kind == "output" and len(made.shape) > 1]
+    if not heads:
+        return
+    powers = {
+        name: {cell: log(getattr(made, cell), getattr(small[name], cell)) for cell in ("multiplier", "std", "lr", "fan_in")}
+        for name, made in large.items()
+    }
+    behind = powers[heads[-1]]["multiplier"] + powers[heads[-1]]["std"]
+    for name, made in large.items():
+        if made.kind == NONE:
+            continue
+        signal = {"output": 0.0, "fixed": math.nan, ROUTER: behind + 0.5}.get(made.kind, behind)
+        entries = log(math.prod(made.shape), math.prod(small[name].shape))
+        growth = law(**powers[name], outputs=entries - powers[name]["fan_in"], signal=signal)
+        for quantity, power in growth._asdict().items():
+            yield (name, quantity), round(power, 2) + 0.0  # a std is measured, on the entries that were drawn
