@@ -10,8 +10,11 @@ import math
 import sys
 from pathlib import Path
 
-from minimoe import PARAMETRIZATIONS, TrainOptions, coordinate_check, fan_in, read_sweep, sweep, transfer_report
+import pandas as pd
+
+from minimoe import PARAMETRIZATIONS, Config, TrainOptions, coordinate_check, fan_in, read_sweep, sweep, transfer_report
 from minimoe.arms import ARMS, EXPERT_ARMS
+from minimoe.learning import books
 from minimoe.tables import ROUTER_RULES
 
 SWEEPS = Path(__file__).parent / "sweeps"
@@ -118,6 +121,29 @@ def coordinates() -> None:
     frame.to_csv(path, index=False, float_format="%.5g")
 
 
+def learning() -> None:
+    """Which role brought about how much of the loss's fall: sp and mup, each width at its own best LR of `transfer`; and the
+    first 20 steps at one LR for all widths, with what the gradient promised."""
+    best = transfer_report(read_sweep(SWEEPS / "transfer.jsonl")).set_index(["parametrization", "width"]).grid_lr
+    for width in (32, 64, 128, 256):
+        for name in ("sp", "mup"):
+            add_books(SWEEPS.parent / "learning.csv", name, width, best[name, width], every=10)
+    for width in (64, 128, 256, 512):
+        for name in ("sp", "mup"):
+            add_books(SWEEPS.parent / "promise.csv", name, width, 2.0**-6, stop=20, every=5, intervals=8)
+
+
+def add_books(path: Path, name: str, width: int, lr: float, **how) -> None:
+    """Train three seeds, and append the books of each (see `minimoe.learning`) when it is done."""
+    there = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["parametrization", "width", "seed"])
+    done = set(there[["parametrization", "width", "seed"]].itertuples(index=False, name=None))
+    for seed in SEEDS:
+        if (name, width, seed) not in done:
+            frame = books(Config(name, width=width, seed=seed), lr, "pydocs", STEPS, OPTIONS, **how)
+            frame.to_csv(path, mode="a", header=not path.exists(), index=False, float_format="%.5g")
+            print(f"{path.name}: {name}, width {width}, seed {seed}", flush=True)
+
+
 def costs(store: Path) -> str:
     """How many rows and runs a sweep's store holds, and the training time by the runs' own clocks; nothing for no store."""
     if not store.exists():
@@ -127,7 +153,7 @@ def costs(store: Path) -> str:
     return f", {len(rows)} rows, {len(runs)} runs, {runs.seconds.sum() / 3600:.1f} core-hours"
 
 
-MADE = {made.__name__: made for made in (coordinates, transfer, router_rules, expert_count, granularity)}
+MADE = {made.__name__: made for made in (coordinates, transfer, router_rules, expert_count, granularity, learning)}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or MADE:

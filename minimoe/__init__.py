@@ -20,6 +20,7 @@ _HOMES = {
     "figures": ("drift_chart", "lr_curves"),
     "live": ("LiveSweep",),
     "model": ("MiniMoE", "Output"),
+    "modules": ("check_module",),
     "mutations": ("mutants", "mystery"),
     "parametrization": (
         "Monomial",

@@ -46,6 +46,7 @@ PROBED = 512  # validation tokens
 WIDTHS = (64, 128, 256, 512)
 SIZES = (*BASED, "expert_ratio", "batch_size")  # what can grow in a check
 SHAPELESS = ("depth", "n_experts", "top_k")  # sizes whose base acts through cells alone: the smallest, unless it is given
+LED = 4  # times as large as the independent part of a gradient must the aligned part be, to lead it
 LOSS = "loss"  # in place of a tensor: the sum of the allocations, and the true fall of the loss
 ROUTINGS = ("free", "forced", "frozen")
 
@@ -71,7 +72,7 @@ def coordinate_check(
     One row per parametrization, size, seed, step, layer, tensor (the site's name) and quantity, with its `value`, an RMS or
     nats; the `alignment` of an update: the RMS over what it would be if no two terms of any sum cancelled; the exponent of
     the value in the size that is `predicted` (NaN where there is no theory, as for drift and change); and what the site is:
-    the role whose row serves it, its kind, source, degree and place (see `theory.site_labels`). Step 0 has init; later steps
+    its role, kind, source, degree, mixture and place (see `theory.site_labels`). Step 0 has init; later steps
     have the rest, all since the start. Layer -1 is outside the blocks. Tensors: embedding, q, k, v, o, router, up, down and
     logits, each the output of a weight; scores (of attention), moe (output) and residual (stream) are no weight's own, and
     have init and change only; loss has the sum of all allocations, and the true fall. Experts are measured on the tokens
@@ -107,7 +108,7 @@ def coordinate_check(
     axes, path = _with_bases({"width": widths, **fields, "batch_size": batch_size, "steps": steps}, dict(path or {}))
     runs = planned_runs(parametrization, [lr], seeds, corpus, TrainOptions(eps=eps), axes, path)
     axis = size_axis(pd.DataFrame([_sizes(run) for run in runs]))
-    expected = {table: _expected(rows, axis) for table, rows in _by_table(runs).items()}
+    expected = {table: [_expected(rows, axis, law) for law in (False, True)] for table, rows in _by_table(runs).items()}
     longest_first = sorted(runs, key=lambda run: tuple(-size for size in _sizes(run).values()))
     jobs = (
         joblib.delayed(_measured_run)(run, corpus, device, routing, expected[run.config.parametrization.name])
@@ -139,14 +140,14 @@ def _by_table(runs: Iterable[Planned]) -> dict[str, list[Planned]]:
     return found
 
 
-def _expected(runs: list[Planned], axis: str) -> dict[tuple[str, str], float]:
+def _expected(runs: list[Planned], axis: str, learned: bool) -> dict[tuple[str, str], float]:
     """(site, quantity) -> the exponent between the ends of one table's path, if all its parts agree; none for batch sizes."""
     configs = list(dict.fromkeys(replace(run.config, seed=0) for run in runs))
     if len(configs) < 2:
         return {}
     configs.sort(key=lambda config: getattr(config, axis))
-    parts = [exponents_between(*pair, axis) for pair in pairwise(configs)]
-    ends = exponents_between(configs[0], configs[-1], axis)
+    parts = [exponents_between(*pair, axis, learned) for pair in pairwise(configs)]
+    ends = exponents_between(configs[0], configs[-1], axis, learned)
     agreed = (key for key in ends if all(abs(part.get(key, math.inf) - ends[key]) < TOLERANCE / 2 for part in parts))
     return {key: ends[key] for key in agreed}
 
@@ -169,20 +170,22 @@ def size_axis(frame: pd.DataFrame) -> str:
     return growing[0]
 
 
-def _measured_run(run: Planned, corpus: Corpus, device: torch.device, routing: str, expected: Mapping) -> list[dict]:
-    """One run's rows."""
+def _measured_run(run: Planned, corpus: Corpus, device: torch.device, routing: str, expected: Sequence[Mapping]) -> list[dict]:
+    """One run's rows. expected: the predictions at init, and once what is shared has learned (see `theory`)."""
     config, options = run.config, run.options
     data, about = TextData(corpus, device), site_labels(config)
-    about[OUTSIDE, LOSS] = {"role": NONE, "kind": NONE, "source": NONE, "degree": 1, "place": len(about)}
+    about[OUTSIDE, LOSS] = {"role": NONE, "kind": NONE, "source": NONE, "degree": 1, "mixture": NONE, "place": len(about)}
     labels = {"parametrization": config.parametrization.name, **_sizes(run), "seed": config.seed}
     order = data.order([config.seed], run.steps, options.batch_size, config.context)
     (probe,) = data.validation(1, math.ceil(PROBED / config.context), config.context)
     rows = []
 
-    def add(step: int, measured: Iterable[dict]) -> None:
+    def add(step: int, measured: list[dict]) -> None:
+        learned = _learned(config, [*rows, *measured])
         for row in measured:
-            exponent = expected.get((row["tensor"], row["quantity"]), math.nan)
-            rows.append({**labels, "step": step, **row, "predicted": exponent, **about[row["layer"], row["tensor"]]})
+            place = row["layer"], row["tensor"]
+            exponent = expected[place in learned].get((row["tensor"], row["quantity"]), math.nan)
+            rows.append({**labels, "step": step, **row, "predicted": exponent, **about[place]})
 
     with one_thread():
         model = MiniMoE(config).to(device)
@@ -191,7 +194,7 @@ def _measured_run(run: Planned, corpus: Corpus, device: torch.device, routing: s
         if routing == "frozen":
             route_by(model, start.experts)
         ledger, booked = Ledger(model, lambda: losses(model, config, probe)[1], intervals=1), Booked(config)
-        add(0, at_init(start))
+        add(0, [*at_init(start)])
         for step in range(1, run.steps + 1):
             batch = windows(data.train, order[step - 1], config.context)  # (1, B, T + 1)
             if routing == "frozen":
@@ -202,6 +205,18 @@ def _measured_run(run: Planned, corpus: Corpus, device: torch.device, routing: s
             booked.add(ledger.entry())
             add(step, [*since(start, observed(model, probe[:, :-1])), *booked.rows()])
     return rows
+
+
+def _learned(config: Config, rows: list[dict]) -> set[tuple[int, str]]:
+    """Where the gradient is led by what is shared having learned: its update, summed over coordinates that agree, is larger
+    than its init, summed over independent ones."""
+    last = {(row["layer"], row["tensor"], row["quantity"]): row["value"] for row in rows}
+    found = set()
+    for site in sites(config):
+        update, init = (last.get((site.layer, site.mixes, quantity), 0.0) for quantity in ("update", "init"))
+        if update * math.sqrt(site.mixed) > LED * init:
+            found.add((site.layer, site.name))
+    return found
 
 
 class Booked:

@@ -31,15 +31,17 @@ def suspects(table: pd.DataFrame) -> pd.DataFrame:
         for role, *fault in _faults(group):
             faults.setdefault(role, []).append(fault)
         for role, found in faults.items():
-            cell, power, because = max(found, key=lambda fault: abs(fault[1]))
+            cell, power, because = found[0]  # of the first in the forward pass: what follows may be its consequence
             rows.append({"parametrization": name, "role": role, "cell": cell, "power": power, "because": because})
     rows.sort(key=lambda row: -abs(row["power"]))
     return pd.DataFrame(rows, columns=["parametrization", "role", "cell", "power", "because"])
 
 
 def _faults(group: pd.DataFrame) -> Iterator[tuple[str, str, float, str]]:
-    """(role, cell, power by which it is too large, why) for every weight of one parametrization whose own exponents are off."""
-    broken = group[group.verdict.isin(BROKEN) & (group.role != NONE)].drop_duplicates(["layer", "tensor"])
+    """(role, cell, power by which it is too large, why) for every weight of one parametrization whose own exponents are off,
+    in the order of the forward pass."""
+    broken = group[group.verdict.isin(BROKEN) & (group.role != NONE)]
+    broken = broken.drop_duplicates(["layer", "tensor"], keep="last")  # that of the allocation, if it is one of them
     if not np.isfinite(broken.measured).all():
         return  # diverged
     if (group.layer == "sum").any():
@@ -80,7 +82,8 @@ def _fault(site, measured: pd.Series, surplus: float, is_head: bool) -> tuple[st
         allocated = measured[site.tensor, "allocation"] - surplus - at_start
         because = f"{site.tensor}: allocation {measured[site.tensor, 'allocation']:+.2f}"
         because += f" (less {surplus:+.2f} from the head)" if surplus else ""
-        return ("lr", allocated, because) if abs(allocated) > TOLERANCE else None
+        noise = 0.0 if math.isnan(site.stderr) else 2 * site.stderr
+        return ("lr", allocated, because) if abs(allocated) > max(TOLERANCE, noise) else None
     inherited = site.degree * measured[site.source, "init"] if site.source != NONE else 0.0
     init, update = (measured[site.tensor, quantity] - inherited for quantity in ("init", "update"))
     because = f"{site.tensor}: init {init:+.2f}, update {update:+.2f}"

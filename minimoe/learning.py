@@ -31,7 +31,7 @@ from .training import TextData, check_training, one_thread, windows
 SUMS = ("allocation", "trapezoid", "left")
 
 
-def learning(
+def books(
     config: Config,
     lr: float,
     corpus: str | Corpus = "pydocs",

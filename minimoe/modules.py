@@ -40,6 +40,7 @@ Built = tuple[nn.Module, "Optimizer | Iterable[dict]"]
 class _Made(NamedTuple):
     """One parameter of a model as it was built."""
 
+    place: tuple[int, str]  # see _layer_of
     shape: tuple[int, ...]
     std: float  # of its entries at init
     multiplier: float
@@ -191,6 +192,7 @@ def _made(module: nn.Module, optimizer: Optimizer, given: Mapping[str, str]) -> 
         fan_in = role.fan_in(param.shape) if role else layer.in_features if isinstance(layer, nn.Linear) else 1
         multiplier = effective(module, name).detach().norm() / param.detach().norm() if role else torch.ones(())
         found[name] = _Made(
+            _layer_of(module, name),
             tuple(param.shape),
             param.detach().std(correction=0).item(),
             multiplier.item(),
@@ -212,11 +214,12 @@ def _labelled(frame: pd.DataFrame, small: dict[str, _Made], large: dict[str, _Ma
     rows, places = [], {name: place for place, name in enumerate([*large, LOSS])}
     for row in frame.to_dict("records"):
         name = row["tensor"]
-        layer, tensor = _layer_of(name)
+        layer, tensor = large[name].place if name in large else (OUTSIDE, name)
         kind_of = large[name].kind if name in large else NONE
         row |= {"layer": layer, "tensor": tensor, "alignment": math.nan}
         row |= {"predicted": predicted.get((name, row["quantity"]), math.nan), "role": NONE if name == LOSS else tensor}
-        row |= {"kind": "output" if kind_of == ROUTER else kind_of, "source": NONE, "degree": 1, "place": places[name]}
+        row |= {"kind": "output" if kind_of == ROUTER else kind_of, "source": NONE, "degree": 1}
+        row |= {"mixture": NONE, "place": places[name]}
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -228,17 +231,13 @@ def _kind(made: _Made, small: _Made) -> str:
     return kind(made.shape, small.shape, [axis % len(made.shape) for axis in made.axes])
 
 
-def _layer_of(name: str) -> tuple[int, str]:
-    """(the place in a list of layers, the name with * for it), from the first number in a name; -1 where there is none.
-
-    blocks.3.moe.up -> 3, blocks.*.moe.up. A name that ends in a number's own weight (0.weight, of a Sequential) is no layer's.
-    """
+def _layer_of(module: nn.Module, name: str) -> tuple[int, str]:
+    """(the place in a ModuleList, the name with * for it): blocks.3.moe.up -> 3, blocks.*.moe.up; outside of any, (-1, name)."""
     parts = name.split(".")
-    numbers = [place for place, part in enumerate(parts) if part.isdigit() and place > 0 and len(parts) - place > 2]
-    if not numbers:
-        return OUTSIDE, name
-    first = numbers[0]
-    return int(parts[first]), ".".join([*parts[:first], "*", *parts[first + 1 :]])
+    for place, part in enumerate(parts[:-1]):
+        if part.isdigit() and isinstance(module.get_submodule(".".join(parts[:place])), nn.ModuleList):
+            return int(part), ".".join([*parts[:place], "*", *parts[place + 1 :]])
+    return OUTSIDE, name
 
 
 def _predicted(small: dict[str, _Made], large: dict[str, _Made], ratio: float) -> Iterator[tuple[tuple[str, str], float]]:

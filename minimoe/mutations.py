@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+import pandas as pd
 import torch
 
 from .config import Config
 from .identity import declared
 from .parametrization import FORWARD_CELLS, Parametrization, fan_in, width
 from .tables import parametrization
-from .theory import kinds
+from .theory import Growth, kinds
+from .verdicts import BROKEN
 
 
 def mutants(table: str | Parametrization = "mup") -> Iterator[tuple[str, str, float, Parametrization]]:
@@ -32,6 +34,12 @@ def _mutant(table: Parametrization, role: str, cell: str, power: float) -> Param
     grows = any(param.role.name == role and param.role.ratios["fan_in"] != 1 for param in declared(Config(table)).values())
     size = fan_in if grows else width  # an embedding's fan_in is the vocabulary
     return table.replace(role, **{cell: getattr(table[role], cell) * size**power})
+
+
+def caught_by(table: pd.DataFrame) -> tuple[str, ...]:
+    """Which of init, update and allocation condemn anything in the exponents table of one parametrization."""
+    broken = set(table[table.verdict.isin(BROKEN)].quantity)
+    return tuple(quantity for quantity in Growth._fields if quantity in broken)
 
 
 def is_harmless(role: str, cell: str, power: float) -> bool:

@@ -7,7 +7,8 @@ With fan_in growing like n^f, and a weight's multiplier, init std and LR like n^
     update      m + l + f        an Adam step moves every weight by the LR, in the direction of its input
     allocation  update + c + b   the loss that this step takes away: c outputs grow like n^c, the loss's gradient at each n^b
 
-muP asks that every update and every allocation is constant, and every init too; an output weight's init may shrink.
+muP asks that every update and every allocation is constant, and every init too; an output weight's init may shrink, and a
+router's allocation with it.
 
 The gradient comes from behind. At the residual stream it goes like the unembedding's multiplier times std, n^e: that sum over
 the vocabulary does not get longer. From one output to that of the weight before, it passes through the transpose of the
@@ -48,9 +49,12 @@ KINDS = {  # of Tensor Programs V, Table 3: which axes grow with the width
     "fixed": "no axis grows with the width",
 }
 MUP_INIT = {"output": -0.5}  # the exponent of the init under muP, by kind; 0 for the other kinds
-
-
-LEAST = {("output", "init"): -math.inf, ("output", "allocation"): -0.5}  # that muP allows; 0 where nothing stands here
+LEAST = {  # that muP allows; 0 where nothing stands here
+    ("output", "init"): -math.inf,  # it may start at 0
+    ("output", "allocation"): -math.inf,  # a router's gradient is small and scattered at init; its update says whether it moves
+    (NONE, "init"): -math.inf,  # it may be an output weight
+    (NONE, "allocation"): -0.5,  # it may be a router
+}
 
 
 class Growth(NamedTuple):
@@ -119,14 +123,16 @@ def kinds(config: Config) -> dict[str, str]:
 
 def site_labels(config: Config) -> dict[tuple[int, str], dict]:
     """(layer, name) -> what later rooms need to know of a site: the role whose row of the table serves it, its kind, its
-    source and degree, and its place in the forward pass."""
+    source and degree, the mixture that it is a part of, and its place in the forward pass."""
     kind_of, table = kinds(config), config.parametrization
+    mixtures = {(site.layer, part): site.name for site in sites(config) if site.made_by == "mixture" for part in site.made_of}
     return {
         (site.layer, site.name): {
             "role": table.row(site.role) if site.role else NONE,
             "kind": kind_of[site.parameters[0]] if site.parameters else NONE,
             "source": site.source or NONE,
             "degree": site.degree,
+            "mixture": mixtures.get((site.layer, site.name), NONE),
             "place": place,
         }
         for place, site in enumerate(sites(config))

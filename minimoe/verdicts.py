@@ -6,7 +6,7 @@ Everything here is read off the check's frame, which says of each site its role,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pandas as pd
@@ -18,7 +18,7 @@ from .probe import OUTSIDE
 from .theory import MUP_INIT, NONE, TOLERANCE, Growth, wanted
 
 BROKEN = ("explodes", "shrinks")
-ABOUT = ("role", "kind", "source", "degree", "place")  # columns that say what a site is
+ABOUT = ("role", "kind", "source", "degree", "mixture", "place")  # columns that say what a site is
 QUANTITIES = (*Growth._fields, "fall", "drift", "change")  # in the order of a table
 JUDGED = Growth._fields  # the quantities of which muP asks something
 STILL = 1e-5  # nats: a loss in single precision cannot say much about a smaller fall
@@ -43,7 +43,7 @@ def exponents(
     the value is exactly zero, and there is no slope; "negative": a mean allocation is, and has no logarithm;
     "withheld": the allocations do not add up to the fall of the loss within BOUND, and `why` says what is in the way; else
     "unjudged". closure: of allocations, the sum over the fall at the size where that is farthest from 1. alignment: mean
-    over sizes and seeds. What is said of the site itself (role, kind, source, degree, place) comes last.
+    over sizes and seeds. What is said of the site itself (role, kind, source, degree, mixture, place) comes last.
 
     Where the depth grows, layers are compared as "first", "last" and "sum" (see `layers_compared`), and muP's question is
     put to the sum of the allocations. (Over granularities, one expert's update or init may well shrink or explode in a layer
@@ -70,18 +70,18 @@ def exponents(
         closed, why = _closure(own, axis)
         groups = own.groupby(["layer", "tensor", "quantity"], sort=False)
         slopes = {key: _slope(group[axis].to_numpy(), group.value.to_numpy(), key[2]) for key, group in groups}
-        head = _head_start(own, slopes)
+        head, fades = _head_start(own, slopes), dict(_fades(own, slopes))
         for key, group in groups:
             labels = dict(zip(("layer", "tensor", "quantity"), key, strict=True))
             predicted = group.predicted.iloc[0]
             measured, stderr = slopes[key]
             about = {column: group[column].iloc[-1] for column in ABOUT}
             judged = _judged(key, group, frame)
-            verdict = (
-                _verdict(*slopes[key], group.set_index(axis).value, key[2], wanted(about["kind"], key[2], head))
-                if judged
-                else "unjudged"
-            )
+            allowed = wanted(about["kind"], key[2], head)
+            if key[2] == "allocation":
+                allowed = allowed[0] + fades.get((key[0], about["mixture"]), 0.0), allowed[1]
+            values = group.set_index(axis).value
+            verdict = _verdict(measured, stderr, values, key[2], allowed) if judged else "unjudged"
             allocated = key[2] == "allocation"
             if (group.value == 0).any():
                 verdict = "zero"
@@ -165,6 +165,18 @@ def _head_start(rows: pd.DataFrame, slopes: Mapping[tuple, tuple[float, float]])
     measured, _ = slopes[last.layer, last.tensor, "init"]
     zero = (outputs[outputs.tensor == last.tensor].value == 0).any()
     return -math.inf if zero else MUP_INIT["output"] if math.isnan(measured) else measured
+
+
+def _fades(rows: pd.DataFrame, slopes: Mapping[tuple, tuple[float, float]]) -> Iterator[tuple[tuple, float]]:
+    """(layer, mixture) -> the exponent with which its gates fade, where they do and by no law: raw gates, as the router's
+    init shrinks, fall from a peaked softmax towards 1 / E. What passes through them fades with them, and is not wrong."""
+    inits = rows[rows.quantity == "init"]
+    for (layer, mixture), parts in inits[inits.mixture != NONE].groupby(["layer", "mixture"], sort=False):
+        whole = inits[(inits.layer == layer) & (inits.tensor == mixture)]
+        if whole.predicted.isna().all() and (layer, mixture, "init") in slopes:
+            outer = parts.loc[parts.place.idxmax()].tensor
+            fade = slopes[layer, mixture, "init"][0] - slopes[layer, outer, "init"][0]
+            yield (layer, mixture), min(0.0, fade) if math.isfinite(fade) else 0.0
 
 
 def _slope(sizes: np.ndarray, values: np.ndarray, quantity: str) -> tuple[float, float]:

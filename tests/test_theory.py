@@ -22,6 +22,7 @@ def test_the_law_by_hand():
     assert as_wanted("hidden", hidden)
     assert not as_wanted("hidden", hidden._replace(allocation=0.5))
     assert as_wanted("output", output._replace(allocation=-0.5))  # a router at init
+    assert not as_wanted("output", output._replace(allocation=0.5))
     assert as_wanted("hidden", hidden._replace(allocation=-0.5), head=-1)  # behind a head that starts small
     assert not as_wanted("hidden", hidden._replace(allocation=-0.5), head=0)
     assert as_wanted("output", Growth(-0.5, 0))
@@ -51,7 +52,7 @@ def test_predictions_are_the_exponents_as_a_frame():
     config = Config("simplep")
     frame = predictions(config)
     known = frame.dropna().set_index(["tensor", "quantity"]).predicted.to_dict()
-    assert known == {key: value for key, value in predicted_exponents(config).items() }
+    assert known == {key: value for key, value in predicted_exponents(config).items()}
     assert frame.tensor.drop_duplicates().tolist() == [site.name for site in sites(Config(depth=1))]
 
 
