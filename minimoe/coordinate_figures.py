@@ -32,9 +32,9 @@ def coordinate_curves(frame: pd.DataFrame, layer: int | str | None = None) -> Fi
     """A coordinate check as small multiples: a panel per tensor, how its numbers grow with the size, relative to the smallest.
 
     frame: from `coordinate_check`; each parametrization gets two rows of panels. Dark: the output at init; blue, a line
-    per step: the update (change, where a tensor is no weight's own); amber: the allocation, after the last step. Dashed: the predicted slopes. Red: what the verdict
-    condemns. layer: the blocks' layer to show, where the depth grows "first", "last" or "sum" (default: of each tensor the
-    one with the largest violation or deviation).
+    per step: the update (change, where a tensor is no weight's own); amber: the allocation, after the last step. Dashed: the
+    predicted slopes. Red: what the verdict condemns. layer: the one to show; where the depth grows, "first", "last" or "sum"
+    (default: of each tensor the one with the largest violation or deviation).
     Raises ValueError as `exponents` does, or for a layer that the frame does not have.
     """
     table, axis = exponents(frame), size_axis(frame)
@@ -199,8 +199,9 @@ def tensor_curves(frame: pd.DataFrame, tensor: str, layer: int = OUTSIDE, step: 
         axes.minorticks_off()
         axes.set_xlabel(axis)
         axes.grid(alpha=0.25)
-        if row.verdict == "zero":
-            axes.text(0.5, 0.5, "exactly zero", transform=axes.transAxes, ha="center")
+        if math.isnan(row.measured):
+            why = "exactly zero" if row.verdict == "zero" else "no logarithm of it"
+            axes.text(0.5, 0.5, why, transform=axes.transAxes, ha="center")
             axes.set_yticks([])
             continue
         means = own.groupby(axis).value.apply(lambda values: float(np.exp(np.log(values).mean())))
@@ -220,7 +221,7 @@ def tensor_curves(frame: pd.DataFrame, tensor: str, layer: int = OUTSIDE, step: 
 
 
 def _slope_words(row) -> str:
-    if row.verdict == "zero":
+    if math.isnan(row.measured):
         return ""
     expected = "" if math.isnan(row.predicted) else f", predicted {row.predicted + 0.0:+.1f}"
     return f"slope {row.measured:+.2f} ± {row.stderr:.2f}{expected}"

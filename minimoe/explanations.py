@@ -17,9 +17,10 @@ from .config import Config, require
 from .identity import declared
 from .model import MiniMoE
 from .parametrization import Parametrization, Rule, require_distinct_names
+from .probe import sites
 from .roles import AT_BASE, RoleParameter, numbers
 from .tables import PARAMETRIZATIONS, parametrization
-from .theory import KINDS, Growth, as_wanted, kind, kinds, law
+from .theory import KINDS, MUP_INIT, Growth, as_wanted, kind, kinds, law, predicted_exponents
 
 ROLE_OF_KIND = {"input": "embedding", "hidden": "attention", "output": "unembedding"}  # whose row of muP's table applies
 Axes = int | Sequence[int] | None
@@ -155,17 +156,20 @@ def marked(table: pd.DataFrame) -> str:
     return text.to_string()
 
 
-def _why(kind: str, rule: Rule, grows: float) -> str:
-    """In words: what the kind is, and what follows from the rule; fan_in grows like width^grows."""
+def _why(kind: str, rule: Rule, grows: float, allocation: float = math.nan, head: float = MUP_INIT["output"]) -> str:
+    """In words: what the kind is, and what follows from the rule; fan_in grows like width^grows, the tensor's allocation like
+    width^allocation (NaN where it is not known), and the logits at init like width^head."""
     ratios = {"fan_in": 2.0**grows} | dict.fromkeys({name for name in rule.ratios if name != "fan_in"}, 2.0)
     m, v, l = (
         math.log2(value) if (value := getattr(rule, cell)(ratios)) else -math.inf for cell in ("multiplier", "init_var", "lr")
     )
-    growth = Growth(*(round(power, 9) + 0.0 for power in law(m, v / 2, l, grows)))  # a root's rounding; no -0
-    judged = "as muP wants it" if as_wanted(kind, growth) else "not as muP wants it"
+    growth = Growth(*(round(power, 9) + 0.0 for power in law(m, v / 2, l, grows)[:2]), allocation)  # a root's rounding; no -0
+    judged = "as muP wants it" if as_wanted(kind, growth, head) else "not as muP wants it"
     if kind == "fixed":
         return f"{kind}, {KINDS[kind]}: nothing to change"
     said = f"its output at init {_growth(growth.init)}, an Adam step's effect on it {_growth(growth.update)}"
+    if not math.isnan(allocation):
+        said += f", its share of the loss's first fall {_growth(allocation)}"
     return f"{kind}, {KINDS[kind]}; {said}: {judged}"
 
 
@@ -179,6 +183,9 @@ def _growth(power: float) -> str:
 
 def _rows_of_config(config: Config, lr: float) -> pd.DataFrame:
     wider, kind_of = declared(replace(config, width=2 * config.width)), kinds(config)
+    site_of = {name: site.name for site in sites(config) for name in site.parameters}
+    exponents = predicted_exponents(config)
+    head = exponents.get((sites(config)[-1].name, "init"), -math.inf)
     rows = []
     for name, param in declared(config).items():
         cells, shape, role = numbers(param, config.parametrization, AT_BASE), tuple(param.shape), param.role
@@ -199,7 +206,13 @@ def _rows_of_config(config: Config, lr: float) -> pd.DataFrame:
                 "effective_lr": lr * cells.lr,
                 "eps": cells.eps,
                 "weight_decay": cells.weight_decay,
-                "why": _why(kind_of[name], _in_width(config.parametrization[role.name]), grows),
+                "why": _why(
+                    kind_of[name],
+                    _in_width(config.parametrization[role.name]),
+                    grows,
+                    exponents.get((site_of[name], "allocation"), math.nan),
+                    head,
+                ),
             }
         )
     return pd.DataFrame(rows)

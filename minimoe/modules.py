@@ -30,7 +30,7 @@ from .allocations import Ledger, evaluating
 from .config import require
 from .coordinates import LOSS, SIZES, rms
 from .probe import OUTSIDE, effective, recorded_inputs
-from .theory import KINDS, NONE, kind, law
+from .theory import KINDS, NONE, UNKNOWN, kind, law
 
 ROUTER = "router"  # a kind here, besides KINDS: an output weight whose outputs are the shares of a sum
 BETAS, EPS = (0.9, 0.95), 1e-15  # of AdamW where `build` gives parameter groups; eps out of the way, as the theory has it
@@ -199,7 +199,7 @@ def _made(module: nn.Module, optimizer: Optimizer, given: Mapping[str, str]) -> 
             lrs.get(id(param), math.nan),
             fan_in,
             role.fan_in_axes if role else None,
-            kinds[0] if kinds else (ROUTER if role and role.name == ROUTER else NONE),
+            kinds[0] if kinds else (ROUTER if role and role.name == ROUTER else UNKNOWN),
         )
     return found
 
@@ -226,7 +226,7 @@ def _labelled(frame: pd.DataFrame, small: dict[str, _Made], large: dict[str, _Ma
 
 def _kind(made: _Made, small: _Made) -> str:
     """Its kind as it was given, or as its role and shapes tell."""
-    if made.kind != NONE or made.axes is None:
+    if made.kind != UNKNOWN or made.axes is None:
         return made.kind
     return kind(made.shape, small.shape, [axis % len(made.shape) for axis in made.axes])
 
@@ -258,7 +258,7 @@ def _predicted(small: dict[str, _Made], large: dict[str, _Made], ratio: float) -
     }
     behind = powers[heads[-1]]["multiplier"] + powers[heads[-1]]["std"]
     for name, made in large.items():
-        if made.kind == NONE:
+        if made.kind == UNKNOWN:
             continue
         signal = {"output": 0.0, "fixed": math.nan, ROUTER: behind + 0.5}.get(made.kind, behind)
         entries = log(math.prod(made.shape), math.prod(small[name].shape))

@@ -41,6 +41,7 @@ from .roles import AT_BASE, numbers
 
 TOLERANCE = 0.25  # of a slope: half of 1/2, which is the least that a wrong power of the width moves a slope by
 NONE = "-"  # in a frame's texts; an empty text would come back from a CSV file as NaN
+UNKNOWN = "unknown"  # the kind of a weight of which nobody has said it
 AXES = ("width", "depth", "granularity", "expert_ratio")  # sizes for which exponents are predicted, alone or together
 KINDS = {  # of Tensor Programs V, Table 3: which axes grow with the width
     "input": "its fan_in is fixed, so no sum gets longer",
@@ -52,8 +53,8 @@ MUP_INIT = {"output": -0.5}  # the exponent of the init under muP, by kind; 0 fo
 LEAST = {  # that muP allows; 0 where nothing stands here
     ("output", "init"): -math.inf,  # it may start at 0
     ("output", "allocation"): -math.inf,  # a router's gradient is small and scattered at init; its update says whether it moves
-    (NONE, "init"): -math.inf,  # it may be an output weight
-    (NONE, "allocation"): -0.5,  # it may be a router
+    (UNKNOWN, "init"): -math.inf,  # it may be an output weight
+    (UNKNOWN, "allocation"): -0.5,  # it may be a router
 }
 
 

@@ -144,7 +144,7 @@ def _closure(rows: pd.DataFrame, axis: str) -> tuple[float, str]:
     booked = rows[rows.tensor == LOSS]
     if booked.empty:
         return math.nan, NONE
-    sums = booked.pivot_table(index=axis, columns="quantity", values="value", aggfunc=lambda values: values.mean(skipna=False))
+    sums = booked.groupby([axis, "quantity"]).value.agg(lambda values: values.mean(skipna=False)).unstack()
     if not np.isfinite(sums).all(axis=None):
         return math.inf, "the run diverged: lower the LR"
     closures = [closure(row.allocation, row.fall) for row in sums.itertuples()]
@@ -153,7 +153,7 @@ def _closure(rows: pd.DataFrame, axis: str) -> tuple[float, str]:
         return worst if math.isfinite(worst) else math.inf, "the loss hardly moves: raise the LR, or lower Adam's eps"
     size = sums.index[closures.index(worst)]
     said = f"at {axis} {size} the allocations add up to {worst:.2f} of the loss's fall"
-    return worst, f"{said}: the steps are too large, lower the LR"
+    return worst, f"{said}: the steps are too large (lower the LR), or tokens change their experts (freeze the routing)"
 
 
 def _head_start(rows: pd.DataFrame, slopes: Mapping[tuple, tuple[float, float]]) -> float:

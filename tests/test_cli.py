@@ -74,20 +74,37 @@ def test_coords_prints_exponents_and_names_the_wrong_cell(tmp_path, text, capsys
     outputs = ["--figure", str(figure), "--csv", str(csv)]
     assert main(["coords", "--parametrization", "mup", "simplep", *small, *outputs]) == 0
     out = capsys.readouterr().out
-    assert "mup: every init and every update keeps muP's desiderata" in out
+    assert "mup: every init, update and allocation keeps muP's desiderata" in out
     assert "simplep: router.lr is too large by width^+" in out
     assert figure.stat().st_size > 10_000
     assert set(pd.read_csv(csv).parametrization) == {"mup", "simplep"}
 
 
-def test_coords_over_granularities_shows_the_parts_of_the_moes_change(tmp_path, text, capsys):
+def test_coords_along_any_size(tmp_path, text, capsys):
+    small = ["--seeds", "0", "--steps", "1", "--corpus", str(text), "--context", "16", "--jobs", "1"]
+    small += ["--figure", str(tmp_path / "coords.png")]
+    assert main(["coords", "--along", "depth", "--sizes", "1", "2", "--widths", "32", *small]) == 0
+    said = capsys.readouterr().out
+    assert "mup: exponents in the depth" in said
+    assert re.search(r"sum +router +[-+.\d]+ \(\+0\.5\)", said)
+    assert main(["coords", "--along", "n-experts", "--sizes", "4", "8", "--widths", "32", *small]) == 0
+    assert "mup: exponents in the n_experts" in capsys.readouterr().out
+    assert main(["coords", "--path", "width=32,64", "depth=1,2", *small]) == 0
+    assert "mup: exponents in the width" in capsys.readouterr().out
+    assert main(["coords", "--along", "width", "--sizes", "32", "64", "--n-experts", "4", *small]) == 0
+    assert "the allocations add up to" in capsys.readouterr().out
+
+
+def test_coords_over_granularities_shows_the_experts_share_of_the_learning(tmp_path, text, capsys):
     small = ["--widths", "32", "--granularity", "1", "2", "4", "--base-granularity", "1", "--seeds", "0", "--steps", "1"]
     outputs = ["--figure", str(tmp_path / "coords.png"), "--corpus", str(text), "--context", "16", "--jobs", "1"]
     assert main(["coords", *small, *outputs]) == 0
     said = capsys.readouterr().out
     assert "mup: exponents in the granularity" in said
-    assert re.search(r"from_down +pull_up +pull_down +pull_router\n", said)
-    assert re.search(r"0 +[-+.\d]+ \(-0\.5\) +[-+.\d]+ \(\+0\.0\)", said)  # from_up and from_down, measured and predicted
+    assert re.search(r"tensor +init +update +allocation", said)
+    assert re.search(
+        r"0 +up +[-+.\d]+ \(\+0\.0\) +[-+.\d]+ \(\+0\.0\) +[-+.\d]+ \(-0\.5\)", said
+    )  # through initial outer weights
     assert (tmp_path / "coords.png").stat().st_size > 10_000
 
 

@@ -106,7 +106,7 @@ def test_over_granularity_the_moe_does_as_predicted(pydocs):
 
 
 def test_one_size_grows_at_a_time(corpus):
-    with pytest.raises(ValueError, match="both width and granularity have several values: .* or all along a path"):
+    with pytest.raises(ValueError, match="both width and granularity have several values: let one"):
         coordinate_check("mup", corpus=corpus, **TINY | {"granularity": (1, 2)})
 
 

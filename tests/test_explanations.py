@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from minimoe import PARAMETRIZATIONS, Config, MiniMoE, explain, side_by_side
+from minimoe import PARAMETRIZATIONS, Config, MiniMoE, explain, fan_in, side_by_side
 from minimoe.explanations import marked
 
 KINDS = {"embedding": "input", "unembedding": "output", "attention": "hidden", "experts_up": "hidden",
@@ -35,11 +35,19 @@ def test_a_model_explains_itself_like_its_config():
 
 def test_reasons_say_what_the_table_does_wrong():
     why = explain(Config("simplep", width=64)).set_index("role").why
-    assert "grows like width^1: not as muP wants it" in why["router"].iloc[0]
+    assert (
+        "effect on it grows like width^1, its share of the loss's first fall grows like width^0.5: not as"
+        in why["router"].iloc[0]
+    )
     assert "as muP wants it" in why["unembedding"]
     assert "not as" not in why["unembedding"]
     broken = PARAMETRIZATIONS["mup"].replace("attention", init_var=1)
     assert "at init grows like width^0.5" in explain(Config(broken)).set_index("role").why["attention"].iloc[0]
+    big_head = explain(Config(PARAMETRIZATIONS["mup"].replace("unembedding", init_var=fan_in))).set_index("role").why
+    assert "first fall grows like width^0.5: not as muP wants it" in big_head["experts_up"].iloc[0]
+    assert "not as" not in big_head["unembedding"]  # whose own numbers are as they may be: the others feel it
+    small_head = explain(Config(PARAMETRIZATIONS["mup"].replace("unembedding", init_var=1 / fan_in))).why
+    assert not small_head.str.contains("not as").any()  # late, and not wrong
 
 
 def test_it_prints_numbers_and_then_reasons_once():
@@ -47,7 +55,7 @@ def test_it_prints_numbers_and_then_reasons_once():
     text, html = repr(rows), rows._repr_html_()
     for shown in (text, html):
         assert "blocks.1.attention.o" in shown
-        assert shown.count("into a fixed number of outputs") == 1  # router and unembedding share it
+        assert shown.count("into outputs that grow in number") == 1  # attention and experts share it
     assert type(rows[rows.kind == "hidden"]).__name__ == "DataFrame"
 
 

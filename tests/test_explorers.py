@@ -246,9 +246,12 @@ def test_coordinate_explorer_shows_one_tensor(checked):
     for control, value in ((explorer.tensor, "logits"), (explorer.name, "mup"), (explorer.step, 1), (explorer.tensor, "moe")):
         assert picture_changed(explorer, control, value)
     assert set(explorer.slopes().tensor) == {"moe"}
-    assert set(explorer.slopes().quantity) == {"init", "change", "from_up", "from_down", "pull_up", "pull_down", "pull_router"}
+    assert set(explorer.slopes().quantity) == {"init", "change"}
     explorer.tensor.value = "embedding"
     assert "zero" in explorer.text.value  # its drift
+    assert "allocation" in explorer.text.value
+    explorer.tensor.value = "loss"
+    assert set(explorer.slopes().quantity) == {"allocation", "fall"}
 
 
 def test_where_no_kernel_runs_there_is_a_picture_and_a_fixed_text(checked):

@@ -76,21 +76,22 @@ def test_drift_chart_has_a_row_for_each_table_and_hollow_points_without_an_error
 def test_exponents_chart_draws_predictions_and_measurements_where_they_are(checked):
     table = exponents(checked[checked.parametrization == "early router"])
     predicted = predicted_exponents(Config(ROUTER_RULES["early router"]))
-    init, update = exponents_chart(predictions(Config(ROUTER_RULES["early router"])), table).axes
+    init, update, allocation = exponents_chart(predictions(Config(ROUTER_RULES["early router"])), table).axes
     diamonds = [line.get_xdata()[0] for line in update.lines if line.get_marker() == "D"]
     assert sorted(diamonds) == sorted(e for (_, quantity), e in predicted.items() if quantity == "update")
     row = table[(table.tensor == "router") & (table.quantity == "update")].iloc[0]
     dots = [line for line in update.lines if line.get_marker() == "o" and line.get_xdata()[0] == row.measured]
     assert to_rgb(dots[0].get_color()) == to_rgb(ALERT)
     assert init.get_xlabel() == "exponent of the init in the width"
+    assert allocation.get_xlabel() == "exponent of the allocation in the width"
 
 
 def test_tensor_curves_show_each_quantity(checked):
     rows = checked[checked.parametrization == "mup"]
     figure = tensor_curves(rows, "router", layer=1, step=1)
-    assert [axes.get_title().split("\n")[0] for axes in figure.axes] == ["init", "update", "drift", "change"]
+    assert [axes.get_title().split("\n")[0] for axes in figure.axes] == ["init", "update", "allocation", "drift", "change"]
     own = rows[(rows.tensor == "router") & (rows.layer == 1) & (rows.step == 1) & (rows.quantity == "update")]
-    assert np.allclose(np.sort(figure.axes[1].lines[0].get_ydata()), np.sort(own.rms))
+    assert np.allclose(np.sort(figure.axes[1].lines[0].get_ydata()), np.sort(own.value))
     assert "exactly zero" in [text.get_text() for axes in tensor_curves(rows, "embedding").axes for text in axes.texts]
     with pytest.raises(ValueError, match="the tensor 'router' of layer -1"):
         tensor_curves(rows, "router")

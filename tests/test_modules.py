@@ -181,7 +181,7 @@ def test_published_models_under_mup(make, text):
 def test_without_kinds_allocations_are_measured_alone(text):
     table = checked(text, MLP, "sp", plain_kind, None, widths=(64, 128), seeds=(0,))
     assert table.predicted.isna().all()
-    assert set(table.kind) == {"-"}
+    assert set(table[table.tensor != "loss"].kind) == {"unknown"}
     assert set(table[table.quantity == "allocation"].tensor) == {
         "embedding.weight", "unembedding.weight", "first.weight", "second.weight", "loss",
     }  # fmt: skip

@@ -52,7 +52,7 @@ def test_predictions_are_the_exponents_as_a_frame():
     config = Config("simplep")
     frame = predictions(config)
     known = frame.dropna().set_index(["tensor", "quantity"]).predicted.to_dict()
-    assert known == {key: value for key, value in predicted_exponents(config).items()}
+    assert known == predicted_exponents(config)
     assert frame.tensor.drop_duplicates().tolist() == [site.name for site in sites(Config(depth=1))]
 
 

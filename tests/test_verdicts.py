@@ -12,6 +12,7 @@ from minimoe.diagnoses import diagnosis
 from minimoe.identity import tensor_numbers
 from minimoe.mutations import caught_by, is_harmless, mutants
 from minimoe.theory import NONE, TOLERANCE, site_labels
+from minimoe.verdicts import BROKEN
 
 TINY = {"widths": (32, 64), "steps": 2, "seeds": (0,), "n_jobs": 1, "context": 16, "n_experts": 4}
 MUP = PARAMETRIZATIONS["mup"]
@@ -133,7 +134,9 @@ def test_a_run_that_diverged_is_no_clean_bill_of_health(corpus):
 def test_many_experts_and_top_1_do_not_condemn_mup(corpus):
     for fields in ({"n_experts": 32}, {"top_k": 1}, {"renormalize": True}, {"activation": "swiglu"}, {"forced_balance": True}):
         frame = coordinate_check("mup", (32, 64, 128), 1, (0, 1), corpus=corpus, n_jobs=2, context=16, **fields)
-        assert diagnosis(exponents(frame)) == {"mup": "every init, update and allocation keeps muP's desiderata."}, fields
+        table = exponents(frame)
+        assert table[table.verdict.isin(BROKEN)].empty, fields
+        assert diagnosis(table)["mup"].startswith("every init"), fields
 
 
 def about(tensor):
