@@ -20,6 +20,7 @@ from minimoe.tables import ROUTER_RULES
 SWEEPS = Path(__file__).parent / "sweeps"
 OCTAVES = [2.0**octave for octave in range(-9, -3)]
 STEPS, SEEDS = 200, (0, 1, 2)
+LEARNING_STEPS = (1, 2, 3, 5, 7, 10, 14, 20, 28, 40, 57, 80, 113, 160, 200)  # half octaves: the loss falls early
 OPTIONS = TrainOptions(evals=10)
 WHOLE = [2.0**octave for octave in range(-7, -2)]
 HALVES = [2.0 ** (half / 2) for half in range(-12, -5)]
@@ -127,10 +128,10 @@ def learning() -> None:
     best = transfer_report(read_sweep(SWEEPS / "transfer.jsonl")).set_index(["parametrization", "width"]).grid_lr
     for width in (32, 64, 128, 256):
         for name in ("sp", "mup"):
-            add_books(SWEEPS.parent / "learning.csv", name, width, best[name, width], every=10)
+            add_books(SWEEPS.parent / "learning.csv", name, width, best[name, width], records=LEARNING_STEPS)
     for width in (64, 128, 256, 512):
         for name in ("sp", "mup"):
-            add_books(SWEEPS.parent / "promise.csv", name, width, 2.0**-6, stop=20, every=5, intervals=8)
+            add_books(SWEEPS.parent / "promise.csv", name, width, 2.0**-6, records=range(5, 25, 5), intervals=8)
 
 
 def add_books(path: Path, name: str, width: int, lr: float, **how) -> None:

@@ -12,7 +12,7 @@ The sum of the allocations is the fall of the loss. The other two are as large o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import pandas as pd
@@ -38,33 +38,33 @@ def books(
     steps: int = 200,
     options: TrainOptions = TrainOptions(),  # noqa: B008 (frozen)
     *,
-    stop: int | None = None,
-    every: int = 10,
+    records: Iterable[int] | None = None,
     intervals: int = 4,
 ) -> pd.DataFrame:
-    """Train one model just as `train` does, on a CPU, and book every step to the roles of its weights.
+    """Train one model just as `train` does, on a CPU, and book every step to the roles of the weights.
 
-    One row per role and per `every` steps: parametrization, width, lr, seed, step (the last one of these), role; allocation,
-    trapezoid and left, summed over these steps, in nats (see this module); and of all roles together: fall (of the loss of
-    512 validation tokens), closure (sum of the allocations over it) and points (gradients on the line of a step, at most).
+    One row per record and role: parametrization, width, lr, seed, step, role; allocation, trapezoid and left, in nats,
+    summed over the steps since the record before (see this module); and of all roles together: fall (of the loss of 512
+    validation tokens), closure (sum of the allocations over it) and points (gradients on the line of a step, at most).
 
-    stop: after how many steps to leave off; the schedule remains that of `steps`. intervals: of Simpson's rule, at most.
-    Raises ValueError for bad input, as `train` does.
+    records: after which steps (default: each). The training ends with the last one; its schedule remains that of `steps`.
+    intervals: of Simpson's rule, at most (see `Ledger`). Raises ValueError for bad input, as `train` does.
     """
     corpus = load_corpus(corpus)
     steps = check_training([(config, lr)], corpus, steps)
-    stop = steps if stop is None else stop
-    require(whole(stop, 1) and stop <= steps, "stop", stop, f"must be an integer from 1 to steps={steps}")
-    require(whole(every, 1), "every", every, "must be a positive integer")
+    records = sorted(set(range(1, steps + 1) if records is None else records))
+    valid = records and all(whole(step, 1) for step in records) and records[-1] <= steps
+    require(valid, "records", records, f"must be integers from 1 to steps={steps}, at least one")
     labels = {"parametrization": config.parametrization.name, "width": config.width, "lr": lr, "seed": config.seed}
-    rows, own = [], []
+    rows, since = [], []
     with one_thread():
-        for step, booked in enumerate(_booked_steps(config, lr, corpus, steps, stop, options, intervals), 1):
-            own.append(booked)
-            if step % every == 0 or step == stop:
-                rows += [labels | {"step": step} | row for row in _summed(own)]
-                own = []
-    return pd.DataFrame(rows)
+        for step, booked in enumerate(_booked_steps(config, lr, corpus, steps, options, intervals), 1):
+            since.append(booked)
+            if step in records:
+                rows += [labels | {"step": step} | row for row in _summed(since)]
+                since = []
+            if step == records[-1]:
+                return pd.DataFrame(rows)
 
 
 class _Step(NamedTuple):
@@ -74,7 +74,7 @@ class _Step(NamedTuple):
 
 
 def _booked_steps(
-    config: Config, lr: float, corpus: Corpus, steps: int, stop: int, options: TrainOptions, intervals: int
+    config: Config, lr: float, corpus: Corpus, steps: int, options: TrainOptions, intervals: int
 ) -> Iterator[_Step]:
     data, model = TextData(corpus, torch.device("cpu")), MiniMoE(config)
     program = SingleRun([model], [lr], options, steps)
@@ -82,7 +82,7 @@ def _booked_steps(
     (probe,) = data.validation(1, math.ceil(PROBED / config.context), config.context)
     ledger = Ledger(model, lambda: losses(model, config, probe)[1], intervals)
     roles = [param.role.name for name, param in named_roles(model) if name in ledger.params]
-    for step in range(stop):
+    for step in range(steps):
         gradients, start = ledger.gradients, ledger.weights
         program.step(windows(data.train, order[step], config.context), lr_factors(step, steps, options, program.roles))
         entry = ledger.entry()
