@@ -12,7 +12,20 @@ from pathlib import Path
 
 import pandas as pd
 
-from minimoe import PARAMETRIZATIONS, Config, TrainOptions, coordinate_check, fan_in, read_sweep, sweep, transfer_report
+from minimoe import (
+    PARAMETRIZATIONS,
+    Config,
+    TrainOptions,
+    coordinate_check,
+    exponents,
+    fan_in,
+    mutations,
+    read_sweep,
+    suspects,
+    sweep,
+    transfer_report,
+    width,
+)
 from minimoe.arms import ARMS, EXPERT_ARMS
 from minimoe.learning import books
 from minimoe.tables import ROUTER_RULES
@@ -122,6 +135,27 @@ def coordinates() -> None:
     frame.to_csv(path, index=False, float_format="%.5g")
 
 
+def mutants() -> None:
+    """muP with each cell wrong by a root of the width, and which of its three desiderata that breaks."""
+    path, wrong = SWEEPS.parent / "mutants.csv", list(mutations.mutants())
+    if path.exists():
+        return
+    lazy = PARAMETRIZATIONS["mup"].replace("unembedding", "lazy", init_var=fan_in).replace("embedding", "lazy", lr=1 / width**0.5)
+    for role in ("attention", "experts_up", "experts_down"):
+        lazy = lazy.replace(role, "lazy", lr=1 / fan_in**1.5)
+    tables = [*(table for *_, table in wrong), lazy]
+    table = exponents(coordinate_check(tables, (64, 128, 256), 4, (0, 1), corpus="pydocs"))
+    rows = []
+    for role, cell, power, mutant in [*wrong, ("lazy", "-", math.nan, lazy)]:
+        own = table[table.parametrization == mutant.name]
+        caught, blamed = mutations.caught_by(own), suspects(own)
+        first = f"{blamed.role[0]}.{blamed.cell[0]} x n^{blamed.power[0]:+.2f}" if len(blamed) else "-"
+        closure = own.closure.dropna().iloc[0]
+        broken = {quantity: quantity in caught for quantity in ("init", "update", "allocation")}
+        rows.append({"role": role, "cell": cell, "power": power, **broken, "first_suspect": first, "closure": closure})
+    pd.DataFrame(rows).to_csv(path, index=False, float_format="%.4g")
+
+
 def learning() -> None:
     """Which role brought about how much of the loss's fall: sp and mup, each width at its own best LR of `transfer`; and the
     first 20 steps at one LR for all widths, with what the gradient promised."""
@@ -154,7 +188,7 @@ def costs(store: Path) -> str:
     return f", {len(rows)} rows, {len(runs)} runs, {runs.seconds.sum() / 3600:.1f} core-hours"
 
 
-MADE = {made.__name__: made for made in (coordinates, transfer, router_rules, expert_count, granularity, learning)}
+MADE = {made.__name__: made for made in (coordinates, mutants, transfer, router_rules, expert_count, granularity, learning)}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or MADE:

@@ -54,6 +54,7 @@ def exponents(
     """
     if frame.empty:
         raise ValueError("the frame has no rows")
+    require("value" in frame, "columns", list(frame.columns), "a check's frame has `value`; earlier versions wrote others")
     axis = size_axis(frame)
     for _, rows in frame.groupby("parametrization"):
         size_axis(rows)
