@@ -24,10 +24,10 @@ from minimoe import (
     suspects,
     sweep,
     transfer_report,
-    width,
 )
 from minimoe.arms import ARMS, EXPERT_ARMS
 from minimoe.learning import books
+from minimoe.parametrization import width as width_ratio
 from minimoe.tables import ROUTER_RULES
 
 SWEEPS = Path(__file__).parent / "sweeps"
@@ -140,7 +140,11 @@ def mutants() -> None:
     path, wrong = SWEEPS.parent / "mutants.csv", list(mutations.mutants())
     if path.exists():
         return
-    lazy = PARAMETRIZATIONS["mup"].replace("unembedding", "lazy", init_var=fan_in).replace("embedding", "lazy", lr=1 / width**0.5)
+    lazy = (
+        PARAMETRIZATIONS["mup"]
+        .replace("unembedding", "lazy", init_var=fan_in)
+        .replace("embedding", "lazy", lr=1 / width_ratio**0.5)
+    )
     for role in ("attention", "experts_up", "experts_down"):
         lazy = lazy.replace(role, "lazy", lr=1 / fan_in**1.5)
     tables = [*(table for *_, table in wrong), lazy]

@@ -65,38 +65,83 @@ def exponents(
     if expected is not None:
         keys = zip(frame.tensor, frame.quantity, strict=True)
         frame = frame.assign(predicted=[expected.get(key, math.nan) for key in keys])
-    frame = layers_compared(frame)
-    rows = []
-    for name, own in frame.groupby("parametrization", sort=False):
-        closed, why = _closure(own, axis)
-        groups = own.groupby(["layer", "tensor", "quantity"], sort=False)
-        slopes = {key: _slope(group[axis].to_numpy(), group.value.to_numpy(), key[2]) for key, group in groups}
-        head, fades = _head_start(own, slopes), dict(_fades(own, slopes))
-        for key, group in groups:
-            labels = dict(zip(("layer", "tensor", "quantity"), key, strict=True))
-            predicted = group.predicted.iloc[0]
-            measured, stderr = slopes[key]
-            about = {column: group[column].iloc[-1] for column in ABOUT}
-            judged = _judged(key, group, frame)
-            allowed = wanted(about["kind"], key[2], head)
-            if key[2] == "allocation":
-                allowed = allowed[0] + fades.get((key[0], about["mixture"]), 0.0), allowed[1]
-            values = group.set_index(axis).value
-            verdict = _verdict(measured, stderr, values, key[2], allowed) if judged else "unjudged"
-            allocated = key[2] == "allocation"
-            if (group.value == 0).any():
-                verdict = "zero"
-            elif allocated and verdict != "unjudged" and not abs(closed - 1) <= BOUND and not math.isnan(closed):
-                verdict = "withheld"
-            unknown = math.isnan(predicted) or verdict in ("zero", "negative", "withheld")
-            agrees = pd.NA if unknown else bool(abs(measured - predicted) <= TOLERANCE)
-            measures = {"predicted": predicted, "measured": measured, "stderr": stderr, "agrees": agrees, "verdict": verdict}
-            measures |= {"closure": closed if allocated else math.nan, "why": why if verdict == "withheld" else NONE}
-            rows.append({"parametrization": name} | labels | measures | {"alignment": group.alignment.mean()} | about)
+    tables = layers_compared(frame).groupby("parametrization", sort=False)
+    rows = [{"parametrization": name} | row for name, own in tables for row in _Judgement(own, axis).rows()]
     table = pd.DataFrame(rows).astype({"agrees": "boolean"})
     names = table.parametrization.map(list(table.parametrization.unique()).index)
     order = pd.DataFrame({"name": names, "place": table.place, "quantity": table.quantity.map(QUANTITIES.index)})
     return table.loc[order.sort_values(list(order.columns), kind="stable").index].reset_index(drop=True)
+
+
+class _Judgement:
+    """The rows of one parametrization in a check's frame, after one step, their slopes, and what is to be said of them."""
+
+    def __init__(self, rows: pd.DataFrame, axis: str):
+        self.all, self.axis, self.deep = rows, axis, (rows.layer == "sum").any()
+        self.groups = dict(list(rows.groupby(["layer", "tensor", "quantity"], sort=False)))
+        self.slopes = {key: _slope(group[axis].to_numpy(), group.value.to_numpy(), key[2]) for key, group in self.groups.items()}
+        self.closure, self.why = _closure(rows[rows.tensor == LOSS], axis)
+        self.head, self.fades = self._head_start(), dict(self._fades())
+
+    def rows(self) -> Iterator[dict]:
+        """A row of `exponents` for each layer, tensor and quantity."""
+        for key, group in self.groups.items():
+            about = {name: group[name].iloc[-1] for name in ABOUT}
+            (measured, stderr), predicted = self.slopes[key], group.predicted.iloc[0]
+            verdict = self._verdict(key, group, about)
+            unknown = math.isnan(predicted) or verdict in ("zero", "negative", "withheld")
+            yield {
+                **dict(zip(("layer", "tensor", "quantity"), key, strict=True)),
+                "predicted": predicted,
+                "measured": measured,
+                "stderr": stderr,
+                "agrees": pd.NA if unknown else bool(abs(measured - predicted) <= TOLERANCE),
+                "verdict": verdict,
+                "closure": self.closure if key[2] == "allocation" else math.nan,
+                "why": self.why if verdict == "withheld" else NONE,
+                "alignment": group.alignment.mean(),
+                **about,
+            }
+
+    def _verdict(self, key: tuple, group: pd.DataFrame, about: dict) -> str:
+        layer, _, quantity = key
+        if (group.value == 0).any():
+            return "zero"
+        if not self._is_judged(layer, quantity, group):
+            return "unjudged"
+        if quantity == "allocation" and abs(self.closure - 1) > BOUND:
+            return "withheld"
+        low, high = wanted(about["kind"], quantity, self.head)
+        if quantity == "allocation":
+            low += self.fades.get((layer, about["mixture"]), 0.0)
+        return _verdict(*self.slopes[key], group.set_index(self.axis).value, quantity, (low, high))
+
+    def _is_judged(self, layer: int | str, quantity: str, group: pd.DataFrame) -> bool:
+        """Whether muP asks something of this quantity of this site."""
+        if self.deep and (quantity != "allocation" or layer not in ("sum", OUTSIDE)):
+            return False
+        return quantity in JUDGED and (group.role.iloc[-1] != NONE or not group.predicted.isna().all())
+
+    def _head_start(self) -> float:
+        """The exponent of the logits at init: of the last output weight's output; muP's own where there is none."""
+        outputs = self.all[(self.all.kind == "output") & (self.all.layer == OUTSIDE) & (self.all.quantity == "init")]
+        if outputs.empty:
+            return MUP_INIT["output"]
+        last = outputs.loc[outputs.place.idxmax()]
+        measured, _ = self.slopes[last.layer, last.tensor, "init"]
+        zero = (outputs[outputs.tensor == last.tensor].value == 0).any()
+        return -math.inf if zero else MUP_INIT["output"] if math.isnan(measured) else measured
+
+    def _fades(self) -> Iterator[tuple[tuple, float]]:
+        """(layer, mixture) -> the exponent with which its gates fade, where they do and by no law: raw gates, as the router's
+        init shrinks, fall from a peaked softmax towards 1 / E. What passes through them fades with them, and is not wrong."""
+        inits = self.all[self.all.quantity == "init"]
+        for (layer, mixture), parts in inits[inits.mixture != NONE].groupby(["layer", "mixture"], sort=False):
+            key = layer, mixture, "init"
+            if key in self.groups and self.groups[key].predicted.isna().all():
+                outer = parts.loc[parts.place.idxmax()].tensor
+                fade = self.slopes[key][0] - self.slopes[layer, outer, "init"][0]
+                yield (layer, mixture), min(0.0, fade) if math.isfinite(fade) else 0.0
 
 
 def layers_compared(frame: pd.DataFrame) -> pd.DataFrame:
@@ -129,20 +174,11 @@ def layers_compared(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([frame[frame.layer == OUTSIDE], *parts], ignore_index=True)[frame.columns]
 
 
-def _judged(key: tuple, group: pd.DataFrame, frame: pd.DataFrame) -> bool:
-    """Whether muP asks something of this quantity of this site."""
-    layer, _, quantity = key
-    if "depth" in frame and frame.depth.nunique() > 1 and (quantity != "allocation" or layer not in ("sum", OUTSIDE)):
-        return False
-    return quantity in JUDGED and (group.role.iloc[-1] != NONE or not group.predicted.isna().all())
-
-
-def _closure(rows: pd.DataFrame, axis: str) -> tuple[float, str]:
+def _closure(booked: pd.DataFrame, axis: str) -> tuple[float, str]:
     """(sum of the allocations over the fall where that is farthest from 1, what is in the way where it is too far).
 
-    NaN where the rows have no such sum; infinite where a run diverged.
+    booked: the rows of LOSS; NaN where there are none. Infinite where a run diverged.
     """
-    booked = rows[rows.tensor == LOSS]
     if booked.empty:
         return math.nan, NONE
     sums = booked.groupby([axis, "quantity"]).value.agg(lambda values: values.mean(skipna=False)).unstack()
@@ -155,29 +191,6 @@ def _closure(rows: pd.DataFrame, axis: str) -> tuple[float, str]:
     size = sums.index[closures.index(worst)]
     said = f"at {axis} {size} the allocations add up to {worst:.2f} of the loss's fall"
     return worst, f"{said}: the steps are too large (lower the LR), or tokens change their experts (freeze the routing)"
-
-
-def _head_start(rows: pd.DataFrame, slopes: Mapping[tuple, tuple[float, float]]) -> float:
-    """The exponent of the logits at init: of the last output weight's output; muP's own where there is none."""
-    outputs = rows[(rows.kind == "output") & (rows.layer == OUTSIDE) & (rows.quantity == "init")]
-    if outputs.empty:
-        return MUP_INIT["output"]
-    last = outputs.loc[outputs.place.idxmax()]
-    measured, _ = slopes[last.layer, last.tensor, "init"]
-    zero = (outputs[outputs.tensor == last.tensor].value == 0).any()
-    return -math.inf if zero else MUP_INIT["output"] if math.isnan(measured) else measured
-
-
-def _fades(rows: pd.DataFrame, slopes: Mapping[tuple, tuple[float, float]]) -> Iterator[tuple[tuple, float]]:
-    """(layer, mixture) -> the exponent with which its gates fade, where they do and by no law: raw gates, as the router's
-    init shrinks, fall from a peaked softmax towards 1 / E. What passes through them fades with them, and is not wrong."""
-    inits = rows[rows.quantity == "init"]
-    for (layer, mixture), parts in inits[inits.mixture != NONE].groupby(["layer", "mixture"], sort=False):
-        whole = inits[(inits.layer == layer) & (inits.tensor == mixture)]
-        if whole.predicted.isna().all() and (layer, mixture, "init") in slopes:
-            outer = parts.loc[parts.place.idxmax()].tensor
-            fade = slopes[layer, mixture, "init"][0] - slopes[layer, outer, "init"][0]
-            yield (layer, mixture), min(0.0, fade) if math.isfinite(fade) else 0.0
 
 
 def _slope(sizes: np.ndarray, values: np.ndarray, quantity: str) -> tuple[float, float]:
