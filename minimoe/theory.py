@@ -43,6 +43,7 @@ TOLERANCE = 0.25  # of a slope: half of 1/2, which is the least that a wrong pow
 NONE = "-"  # in a frame's texts; an empty text would come back from a CSV file as NaN
 UNKNOWN = "unknown"  # the kind of a weight of which nobody has said it
 AXES = ("width", "depth", "granularity", "expert_ratio")  # sizes for which exponents are predicted, alone or together
+LOSS_WEIGHTS = ("balance_weight", "z_weight")  # they turn a gradient, and Adam takes steps of one size in any direction
 KINDS = {  # of Tensor Programs V, Table 3: which axes grow with the width
     "input": "its fan_in is fixed, so no sum gets longer",
     "hidden": "it sums over a growing fan_in, into outputs that grow in number",
@@ -174,7 +175,8 @@ def predicted_exponents(config: Config, axis: str = "width", learned: bool = Fal
 def exponents_between(small: Config, large: Config, axis: str, learned: bool = False) -> dict[tuple[str, str], float]:
     """The same between two configs, in which `axis`, and perhaps others of AXES with it, have grown by powers of one ratio:
     that of `axis`. Empty where a size has grown of which there is no theory, or their tables differ."""
-    neutral = {name: getattr(small, name) for name in (*AXES, *(f"base_{name}" for name in BASED), "seed")}
+    free = (*AXES, *(f"base_{name}" for name in BASED), *LOSS_WEIGHTS, "seed")
+    neutral = {name: getattr(small, name) for name in free}
     if replace(large, **neutral) != small:
         return {}
     return {key: _rounded(exponent) for key, exponent in _Growths(small, large, axis, learned).predicted()}

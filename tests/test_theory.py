@@ -156,6 +156,8 @@ def test_sizes_that_grow_together_follow_one_law():
     quarter = exponents_between(small, Config(one, width=64 * 16, depth=4, base_depth=2), "width")
     assert quarter["v", "allocation"] == -0.25  # the depth goes like the width's fourth root
     assert exponents_between(small, Config(one, width=128, n_experts=16, base_depth=2), "width") == {}
+    balanced = Config(one, width=256, depth=8, base_depth=2, balance_weight=1.0)
+    assert exponents_between(small, balanced, "width") == found
 
 
 def test_other_axes_have_no_theory():
