@@ -45,7 +45,7 @@ def _faults(group: pd.DataFrame) -> Iterator[tuple[str, str, float, str]]:
     if not np.isfinite(broken.measured).all():
         return  # diverged
     if (group.layer == "sum").any():
-        for row in broken.itertuples():
+        for row in broken.sort_values("measured", key=abs, ascending=False).itertuples():
             summed = "" if row.layer == OUTSIDE else ", summed over the layers"
             yield row.role, "lr", row.measured, f"{row.tensor}: allocation {row.measured:+.2f}{summed}"
         return
