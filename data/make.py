@@ -33,7 +33,7 @@ from minimoe.tables import ROUTER_RULES
 SWEEPS = Path(__file__).parent / "sweeps"
 OCTAVES = [2.0**octave for octave in range(-9, -3)]
 STEPS, SEEDS = 200, (0, 1, 2)
-LEARNING_STEPS = (1, 2, 3, 5, 7, 10, 14, 20, 28, 40, 57, 80, 113, 160, 200)  # half octaves: the loss falls early
+LEARNING_STEPS = range(10, STEPS + 1, 10)
 OPTIONS = TrainOptions(evals=10)
 WHOLE = [2.0**octave for octave in range(-7, -2)]
 HALVES = [2.0 ** (half / 2) for half in range(-12, -5)]
