@@ -8,6 +8,7 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOMES = {
+    "allocation_figures": ("allocation_map", "learning_shares", "promise_and_fall"),
     "allocations": ("Ledger", "allocation"),
     "arms": ("ARMS", "EXPERT_ARMS", "labelled"),
     "config": ("Config",),
