@@ -116,6 +116,16 @@ def test_mutants_are_all_cells_in_both_directions_and_mysteries_are_wrong_by_a_w
     assert mystery(3) == mystery(3)
 
 
+def test_every_mystery_names_itself(pydocs):
+    tables = [mystery(number) for number in range(16)]
+    table = exponents(coordinate_check(tables, (64, 128), 2, (0, 1), corpus=pydocs))
+    for hidden in tables:
+        (wrong,) = ([role, cell] for role in MUP.roles for cell in ("init_var", "multiplier", "lr")
+                    if getattr(hidden[role], cell) != getattr(MUP[role], cell))  # fmt: skip
+        blamed = suspects(table[table.parametrization == hidden.name])
+        assert blamed.iloc[0][["role", "cell"]].tolist() == wrong, (hidden, blamed)
+
+
 def test_a_zero_has_no_slope_and_says_so(corpus):
     silent = MUP.replace("unembedding", init_var=0)
     table = exponents(coordinate_check(silent, corpus=corpus, **TINY))
