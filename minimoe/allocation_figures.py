@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 
 import numpy as np
 import pandas as pd
@@ -56,8 +57,9 @@ def allocation_map(frame: pd.DataFrame, step: int | None = None) -> Figure:
         axes.set_title(f"{name}\n", fontsize=11)
         axes.set_xlabel(axis)
     smallest = means.columns.min()
-    words = f"Numbers and colours: log2 of the allocation over that at {axis} {smallest:g}. Red has grown, blue has shrunk."
-    figure.supxlabel(f"{words}\nOn the right the slope, and in brackets the predicted one.", fontsize=9)
+    words = f"Numbers and colours: log2 of the allocation over that at {axis} {smallest:g}. Red has grown, blue has shrunk. "
+    words += "On the right the slope, and in brackets the predicted one."
+    figure.supxlabel(textwrap.fill(words, round(13 * figure.get_figwidth())), fontsize=9)
     return figure
 
 

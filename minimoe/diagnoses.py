@@ -10,7 +10,7 @@ import pandas as pd
 
 from .probe import OUTSIDE
 from .theory import MUP_INIT, NONE, TOLERANCE, wanted
-from .verdicts import BROKEN
+from .verdicts import BROKEN, NOISE
 
 
 def suspects(table: pd.DataFrame) -> pd.DataFrame:
@@ -82,7 +82,7 @@ def _fault(site, measured: pd.Series, surplus: float, is_head: bool) -> tuple[st
         allocated = measured[site.tensor, "allocation"] - surplus - at_start
         because = f"{site.tensor}: allocation {measured[site.tensor, 'allocation']:+.2f}"
         because += f" (less {surplus:+.2f} from the head)" if surplus else ""
-        noise = 0.0 if math.isnan(site.stderr) else 2 * site.stderr
+        noise = 0.0 if math.isnan(site.stderr) else NOISE * site.stderr
         return ("lr", allocated, because) if abs(allocated) > max(TOLERANCE, noise) else None
     inherited = site.degree * measured[site.source, "init"] if site.source != NONE else 0.0
     init, update = (measured[site.tensor, quantity] - inherited for quantity in ("init", "update"))

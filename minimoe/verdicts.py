@@ -21,6 +21,7 @@ BROKEN = ("explodes", "shrinks")
 ABOUT = ("role", "kind", "source", "degree", "mixture", "place")  # columns that say what a site is
 QUANTITIES = (*Growth._fields, "fall", "drift", "change")  # in the order of a table
 JUDGED = Growth._fields  # the quantities of which muP asks something
+NOISE = 3  # standard errors: a slope has few points, and a check some twenty tensors
 STILL = 1e-5  # nats: a loss in single precision cannot say much about a smaller fall
 
 
@@ -38,8 +39,8 @@ def exponents(
     agrees: measured and predicted differ by at most TOLERANCE (missing where nothing is predicted, or all is zero): the
     theory describes the run. verdict, of inits, updates and allocations: does the tensor do as muP asks (see
     `theory.wanted`), whatever was predicted? "holds": it does, within TOLERANCE; "shrinks", "explodes" (a run that diverged,
-    too); "unclear": an allocation's slope lies outside, but by less than two standard errors, or shrinks no more between the
-    two largest sizes (what fades beside something constant ends so: a gain's, a raw gate's); "zero": the value is exactly
+    too); "unclear": it does not, but by less than NOISE standard errors (take more seeds, or sizes), or an allocation that
+    shrinks no more between the two largest sizes (what fades beside something constant ends so: a gain's); "zero": the value is exactly
     zero, and there is no slope; "negative": a mean allocation is, and has no logarithm; "withheld": the allocations do not
     add up to the fall of the loss within BOUND, and `why` says what is in the way; else "unjudged". closure: of allocations,
     the sum over the fall at the size where that is farthest from 1. alignment: mean over sizes and seeds. What is said of the
@@ -215,10 +216,12 @@ def _verdict(slope: float, stderr: float, values: pd.Series, quantity: str, allo
         return "negative"
     if low - TOLERANCE <= slope <= high + TOLERANCE:
         return "holds"
+    if low - NOISE * stderr <= slope <= high + NOISE * stderr:
+        return "unclear"
     if quantity == "allocation":
         *_, before, last = values.groupby(level=0).mean().items()
         end = math.log(last[1] / before[1], last[0] / before[0])
-        if low - 2 * stderr <= slope <= high + 2 * stderr or slope < low - TOLERANCE <= end:
+        if slope < low - TOLERANCE <= end:
             return "unclear"
     return "explodes" if slope > high else "shrinks"
 

@@ -80,7 +80,8 @@ def test_claims_are_asserted_and_what_is_ignored_trains_plots_or_prints_versions
     code = code_cells(path)
     assert sum("assert " in cell.source for cell in code) >= 3
     trains = r"train\(|sweep\(|coordinate_check\("
-    plots = r"_curves\(|_chart\(|router_rules\(|plt\.show|explorer$|^live$|Explorer\("
+    plots = r"allocation_map\(|learning_shares\(|promise_and_fall\("
+    plots += r"|_curves\(|_chart\(|router_rules\(|plt\.show|explorer$|^live$|Explorer\("
     may_differ = rf"{trains}|{plots}|__version__"
     for cell in code:
         if "nbval-ignore-output" in cell.metadata.get("tags", []):
@@ -103,6 +104,7 @@ def test_a_lesson_predicts_practises_and_leads_on(path):
 # What each lesson teaches, made wrong in the source: (the file, the line, what it becomes)
 MUP_ROUTER = "router=Rule(init_var=1, multiplier=1 / fan_in, lr=1),"
 SP_ROUTER = "router=Rule(init_var=1 / fan_in, multiplier=1, lr=1),"  # and SimpleP's
+MUP_HEAD = "unembedding=Rule(init_var=1, multiplier=1 / fan_in, lr=1),"  # and SimpleP's
 SP_HIDDEN = "hidden=Rule(init_var=1 / fan_in, multiplier=1, lr=1),"
 AUTHORS_DOWN = 'cells = {"init_var": 1 / DOWN[down], "lr": 1 / DOWN[down], "multiplier": ROUTES[route]}'
 TABLES, ARMS = "tables.py", "arms.py"
@@ -114,6 +116,7 @@ SABOTAGE = {
     "04": (TABLES, SP_HIDDEN, SP_HIDDEN.replace("lr=1", "lr=1 / fan_in")),
     "05": (TABLES, MUP_ROUTER, MUP_ROUTER.replace("lr=1", "lr=1 / fan_in")),
     "06": (TABLES, MUP_ROUTER, MUP_ROUTER.replace("multiplier=1 / fan_in", "multiplier=1")),
+    "08": (TABLES, MUP_HEAD, MUP_HEAD.replace("multiplier=1 / fan_in", "multiplier=1")),
     "07": (ARMS, AUTHORS_DOWN, AUTHORS_DOWN.replace('"lr": 1 / DOWN[down]', '"lr": 1')),
 }
 
