@@ -40,11 +40,11 @@ def exponents(
     theory describes the run. verdict, of inits, updates and allocations: does the tensor do as muP asks (see
     `theory.wanted`), whatever was predicted? "holds": it does, within TOLERANCE; "shrinks", "explodes" (a run that diverged,
     too); "unclear": it does not, but by less than NOISE standard errors (take more seeds, or sizes), or an allocation that
-    shrinks no more between the two largest sizes (what fades beside something constant ends so: a gain's); "zero": the value is exactly
-    zero, and there is no slope; "negative": a mean allocation is, and has no logarithm; "withheld": the allocations do not
-    add up to the fall of the loss within BOUND, and `why` says what is in the way; else "unjudged". closure: of allocations,
-    the sum over the fall at the size where that is farthest from 1. alignment: mean over sizes and seeds. What is said of the
-    site itself (role, kind, source, degree, mixture, place) comes last.
+    shrinks no more between the two largest sizes (what fades beside something constant ends so: a gain's); "zero": the value
+    is exactly zero, and there is no slope; "negative": a mean allocation is, and has no logarithm; "withheld": the
+    allocations do not add up to the fall of the loss within BOUND, and `why` says what is in the way; else "unjudged".
+    closure: of allocations, the sum over the fall at the size where that is farthest from 1. alignment: mean over sizes and
+    seeds. What is said of the site itself (role, kind, source, degree, mixture, place) comes last.
 
     Where the depth grows, layers are compared as "first", "last" and "sum" (see `layers_compared`), and muP's question is
     put to the sum of the allocations. (Over granularities, one expert's update or init may well shrink or explode in a layer
