@@ -88,13 +88,14 @@ def check_module(
     require(len(seeds) > 0, "seeds", seeds, "is empty")
     require(axis in SIZES, "axis", axis, f"must be one of {', '.join(SIZES)}")
     rows, made = [], {}
+    fixed = batches if callable(batches) else list(batches)
     for size in sizes:
         for seed in seeds:
             torch.manual_seed(seed)
             module, optimizer = _built(build(size))
             if seed == seeds[0]:
                 made[size] = _made(module, optimizer, kinds or {})
-            run = _measured(module, optimizer, loss, list(batches(seed) if callable(batches) else batches), probe)
+            run = _measured(module, optimizer, loss, list(fixed(seed) if callable(fixed) else fixed), probe)
             rows += [{"parametrization": name, axis: size, "seed": seed, **row} for row in run]
     return _labelled(pd.DataFrame(rows), made[min(sizes)], made[max(sizes)], max(sizes) / min(sizes), axis)
 
@@ -135,30 +136,25 @@ def _measured(module: nn.Module, optimizer: Optimizer, loss: Callable, batches: 
 def uses(module: nn.Module, forward: Callable[[], object]) -> dict[str, Callable[[Tensor], Tensor]]:
     """Parameter's name -> a function: a tensor in its place -> the output that it makes of the inputs of `forward`.
 
-    For the weights of `nn.Linear` and `nn.Embedding`, and for parameters with a role that are used as `x @ (m * w)`.
+    For the weights of `nn.Linear` and `nn.Embedding`, and for parameters with a role that are used as `x @ (m * w)`; not for
+    a weight that is tied between the two, which has two kinds of output.
     """
     names = {id(param): name for name, param in module.named_parameters()}
-    seen: dict[str, list[Tensor]] = {}
-    layers = {}
-    with evaluating(module), _inputs_of_layers(module, lambda layer, x: seen.setdefault(names[id(layer.weight)], []).append(x)):
-        layers = {names[id(layer.weight)]: layer for layer in module.modules() if _is_known(layer)}
+    seen: dict[str, list[tuple[Callable, Tensor]]] = {}  # name -> (product, input) of each time that it was used
+    with evaluating(module), _inputs_of_layers(module, lambda weight, *use: seen.setdefault(names[id(weight)], []).append(use)):
         recorded = recorded_inputs(module, forward)
-    found = {name: _use(layers[name], torch.cat([x.flatten(0, _last(layers[name])) for x in xs])) for name, xs in seen.items()}
+    found = {}
+    for name, uses_of_it in seen.items():
+        products, inputs = zip(*uses_of_it, strict=True)
+        if len(set(products)) == 1:
+            x = torch.cat(inputs)
+            found[name] = lambda weight, product=products[0], x=x: product(x, weight)
     for name, x in recorded.items():
         if module.get_parameter(name).ndim == 2:
             multiplier = module.get_buffer(f"{name}_multiplier")
-            found[name] = lambda weight, x=x, multiplier=multiplier: x.flatten(0, -2) @ (multiplier * weight)
+            x = x.reshape(-1, x.shape[-1])
+            found[name] = lambda weight, x=x, multiplier=multiplier: x @ (multiplier * weight)
     return found
-
-
-def _last(layer: nn.Module) -> int:
-    """The last axis of its input that only numbers its rows."""
-    return -1 if isinstance(layer, nn.Embedding) else -2
-
-
-def _use(layer: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
-    product = F.embedding if isinstance(layer, nn.Embedding) else F.linear
-    return lambda weight: product(x, weight)
 
 
 def _is_known(module: nn.Module) -> bool:
@@ -167,14 +163,21 @@ def _is_known(module: nn.Module) -> bool:
 
 
 @contextmanager
-def _inputs_of_layers(module: nn.Module, see: Callable[[nn.Module, Tensor], object]) -> Iterator[None]:
-    known = (layer for layer in module.modules() if _is_known(layer))
-    hooks = [layer.register_forward_pre_hook(lambda layer, inputs: see(layer, inputs[0].detach())) for layer in known]
+def _inputs_of_layers(module: nn.Module, see: Callable[[Tensor, Callable, Tensor], object]) -> Iterator[None]:
+    """Inside, `see` gets the weight, its product and the rows of its input, each time that a known layer runs."""
+
+    def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if isinstance(layer, nn.Embedding):
+            see(layer.weight, F.embedding, inputs[0].flatten())
+        else:
+            see(layer.weight, F.linear, inputs[0].reshape(-1, layer.in_features))
+
+    hooks = [layer.register_forward_pre_hook(hook) for layer in module.modules() if _is_known(layer)]
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in hooks:
+            handle.remove()
 
 
 def _made(module: nn.Module, optimizer: Optimizer, given: Mapping[str, str]) -> dict[str, _Made]:

@@ -283,6 +283,21 @@ def test_a_layer_with_a_forward_pass_of_its_own_is_not_guessed(text):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_a_tied_weight_has_one_allocation_and_no_output_of_its_own(text):
+    _, probe, vocab = text
+    batches = iter(text[0](0))  # a generator serves all sizes
+
+    def build(width):
+        model = MLP(vocab, width)
+        model.unembedding.weight = model.embedding.weight
+        return model, [{"params": model.parameters(), "lr": LR}]
+
+    frame = check_module(build, (32, 64), cross_entropy, batches, probe, seeds=(0,))
+    assert set(frame[frame.quantity == "allocation"].tensor) == {"embedding.weight", "first.weight", "second.weight", "loss"}
+    assert set(frame[frame.quantity == "update"].tensor) == {"first.weight", "second.weight"}
+    assert set(frame[frame.width == 64].step) == {0, 1, 2, 3}
+
+
 def test_the_frame_can_be_kept(tmp_path, text):
     batches, probe, vocab = text
 
