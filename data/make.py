@@ -57,6 +57,17 @@ EXPERT_ARMS_OF_THREE_SEEDS = (
     "mup, raw, k=2, forced balance",
 )
 EXPERTS = (2, 4, 8, 16, 32)
+DOSES = tuple(name for name in EXPERT_ARMS if ", balance " in name)
+AT_64_EXPERTS = (
+    "mup, raw, k=2",
+    "mup, raw, k=E/4",
+    "mup, renormalised, k=2",
+    "mup, raw, k=2, forced balance",
+    "mup, renormalised, k=2, forced balance",
+)
+ROUTER_CELL_ARMS = ("router mup's LR", "router mup's init")
+SCREENED_ARMS = [name for name in ARMS if name not in ROUTER_CELL_ARMS]
+SCREENED_EXPERT_ARMS = [name for name in EXPERT_ARMS if name not in {*DOSES, AT_64_EXPERTS[-1]}]
 SMALL = {"base_width": 16}  # width 64 is four times that, at a third of the price of 128
 
 
@@ -87,16 +98,18 @@ def router_rules() -> None:
     centred_sweep(SWEEPS / "router_rules.jsonl", (32, 64, 128), tuple(ROUTER_RULES[name] for name in names))
 
 
-def granularity_runs(names, granularities: tuple, lrs: list, seeds: tuple, steps: int = 400, width: int = 64) -> None:
+def granularity_runs(
+    names, granularities: tuple, lrs: list, seeds: tuple, steps: int = 400, width: int = 64, name: str = "granularity"
+) -> None:
     """The named arms of `minimoe.arms.ARMS`, four times as wide as the base or more."""
-    store, sizes = SWEEPS / "granularity.jsonl", {**SMALL, "granularity": granularities, "base_granularity": 1}
+    store, sizes = SWEEPS / f"{name}.jsonl", {**SMALL, "granularity": granularities, "base_granularity": 1}
     for arm in (ARMS[name] for name in names):
         sweep((width,), arm.table, lrs, seeds, steps, options=OPTIONS, store=store, **sizes, **arm.fields)
 
 
 def granularity() -> None:
     """Every arm in a screen; those that moved, the authors' and the mended ones with three seeds; half as long; longer; wider."""
-    granularity_runs(ARMS, (1, 4, 16), WHOLE, (0,))
+    granularity_runs(SCREENED_ARMS, (1, 4, 16), WHOLE, (0,))
     granularity_runs(ARMS_OF_THREE_SEEDS, (1, 4, 16), HALVES, SEEDS)
     granularity_runs(ARMS_OF_FIVE_SIZES, (2, 8), HALVES, SEEDS)
     granularity_runs(ARMS_OF_THREE_SEEDS, (1, 16), HALVES, SEEDS, 200)
@@ -104,9 +117,16 @@ def granularity() -> None:
     granularity_runs(("authors", "router mup"), (1, 16, 32), WHOLE, (0,), width=128)
 
 
-def expert_count_runs(names, lrs: list, seeds: tuple, steps: int = STEPS, widths: tuple = (64,), experts=EXPERTS) -> None:
+def router_cells() -> None:
+    """What in muP's router row does it: SimpleP's router with muP's LR alone, and with muP's init alone; three seeds."""
+    granularity_runs(ROUTER_CELL_ARMS, (1, 4, 16), HALVES, SEEDS, name="router_cells")
+
+
+def expert_count_runs(
+    names, lrs: list, seeds: tuple, steps: int = STEPS, widths: tuple = (64,), experts=EXPERTS, name: str = "expert_count"
+) -> None:
     """The named arms of `minimoe.arms.EXPERT_ARMS`, four times as wide as the base."""
-    store = SWEEPS / "expert_count.jsonl"
+    store = SWEEPS / f"{name}.jsonl"
     for arm in (EXPERT_ARMS[name] for name in names):
         least = 2 if arm.fields["renormalize"] else 1  # a single renormalised gate is always 1
         sizes = {**SMALL, "n_experts": [n for n in experts if arm.at(n_experts=n)["top_k"] >= least]}
@@ -115,7 +135,7 @@ def expert_count_runs(names, lrs: list, seeds: tuple, steps: int = STEPS, widths
 
 def expert_count() -> None:
     """Two to 32 experts under every arm, in a screen and with three seeds, also half as long; width and experts; the dense."""
-    expert_count_runs(EXPERT_ARMS, WHOLE, (0,))
+    expert_count_runs(SCREENED_EXPERT_ARMS, WHOLE, (0,))
     expert_count_runs(EXPERT_ARMS_OF_THREE_SEEDS, EXPERT_HALVES, SEEDS)
     for name in EXPERT_ARMS_OF_THREE_SEEDS:
         ends = (2 if name.endswith(("k=2", "forced balance")) else 4, 32)
@@ -123,6 +143,13 @@ def expert_count() -> None:
     expert_count_runs(("mup, raw, k=2",), HALVES, SEEDS, widths=(32, 128), experts=(2, 8, 32))
     dense = {**SMALL, "n_experts": 1, "top_k": 1, "expert_ratio": 4}
     sweep((64,), ("simplep", "mup"), HALVES, SEEDS, STEPS, options=OPTIONS, store=SWEEPS / "expert_count.jsonl", **dense)
+
+
+def balance() -> None:
+    """Is it the balance? Forced balance with renormalised gates; other weights of the balance loss; and 64 experts."""
+    expert_count_runs(("mup, renormalised, k=2, forced balance",), EXPERT_HALVES, SEEDS, name="balance")
+    expert_count_runs(DOSES, EXPERT_HALVES, SEEDS, experts=(4, 32), name="balance")
+    expert_count_runs(AT_64_EXPERTS, EXPERT_HALVES, SEEDS, experts=(64,), name="balance")
 
 
 def coordinates() -> None:
@@ -192,7 +219,8 @@ def costs(store: Path) -> str:
     return f", {len(rows)} rows, {len(runs)} runs, {runs.seconds.sum() / 3600:.1f} core-hours"
 
 
-MADE = {made.__name__: made for made in (coordinates, mutants, transfer, router_rules, expert_count, granularity, learning)}
+SWEPT = (transfer, router_rules, expert_count, balance, granularity, router_cells)
+MADE = {made.__name__: made for made in (coordinates, mutants, *SWEPT, learning)}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or MADE:

@@ -6,12 +6,14 @@ Granularity (`ARMS`). The published code differs from a muP purist's in five pla
     down      the down projections' init variance and LR: 1 / width, as their name has it, or 1 / their true fan_in
     balance   the balance loss K times 0.01, which grows with the granularity, or 2 times 0.01 at every granularity
     route     the scale of the routed sum: 1, sqrt(K) or K, relative to that at granularity 1 (a multiplier of `down`)
-    router    the router's row of the table: SimpleP's, muP's, or SimpleP's with its LR over sqrt(G)
+    router    the router's row of the table: SimpleP's; muP's; or SimpleP's with one change: muP's LR alone, muP's init alone
+              (both in effect: of multiplier times weight), or its LR over sqrt(G)
 
 With base_granularity=1 and top_k=2 all arms with one kind of gates and router are one run at granularity 1.
 
-Number of experts (`EXPERT_ARMS`): muP and SimpleP, gates raw and renormalised, two active experts or a quarter of all;
-and muP with tokens that go round the experts in turn, whatever the router says.
+Number of experts (`EXPERT_ARMS`): muP and SimpleP, gates raw and renormalised, two active experts or a quarter of all.
+Two interventions on the balance, under muP at k = 2: tokens that go round the experts in turn, whatever the router says
+("forced balance"), and other weights of the balance loss than the default 0.01.
 """
 
 from __future__ import annotations
@@ -41,7 +43,13 @@ class Arm(NamedTuple):
 
 ROUTES: dict[str, Monomial | float] = {"1": 1, "sqrt(K)": granularity**0.5, "K": granularity}
 DOWN = {"width": width, "fan_in": fan_in}  # what init variance and LR are the inverse of
-ROUTERS = ("simplep", "mup", "simplep, LR / sqrt(G)")
+SIMPLEP_ROUTER = PARAMETRIZATIONS["simplep"]["router"]
+ROUTER_EDITS = {  # of SimpleP's router
+    "simplep, LR / sqrt(G)": {"lr": SIMPLEP_ROUTER.lr / granularity**0.5},
+    "simplep, muP's LR": {"lr": SIMPLEP_ROUTER.lr / fan_in},
+    "simplep, muP's init": {"init_var": SIMPLEP_ROUTER.init_var / fan_in},
+}
+ROUTERS = ("simplep", "mup", *ROUTER_EDITS)
 TOP_K = 2  # at granularity 1
 
 
@@ -63,8 +71,8 @@ def arm(gates: str = "raw", down: str = "width", balance: str = "K", route: str 
             raise ValueError(f"{name}={choice!r}: must be one of {', '.join(valid)}")
     cells = {"init_var": 1 / DOWN[down], "lr": 1 / DOWN[down], "multiplier": ROUTES[route]}
     name, table = f"{router}, down by {down}, route {route}", PARAMETRIZATIONS[router.partition(",")[0]]
-    if router == ROUTERS[-1]:
-        table = table.replace("router", name, lr=table["router"].lr / granularity**0.5)
+    if router in ROUTER_EDITS:
+        table = table.replace("router", name, **ROUTER_EDITS[router])
     table = table.replace("experts_down", name, **cells)
     weight = _counted_k_times if balance == "K" else 0.01 * TOP_K
     return Arm(table, {"top_k": TOP_K, "renormalize": gates == "renormalised", "balance_weight": weight})
@@ -87,7 +95,9 @@ ARMS: dict[str, Arm] = {
     "fan_in + K": arm(down="fan_in", route="K"),
     "fan_in + router mup": arm(down="fan_in", router="mup"),
     "route K + router mup": arm(route="K", router="mup"),
-    "route K + router LR": arm(route="K", router=ROUTERS[-1]),
+    "route K + router LR": arm(route="K", router="simplep, LR / sqrt(G)"),
+    "router mup's LR": arm(router="simplep, muP's LR"),
+    "router mup's init": arm(router="simplep, muP's init"),
     "all mended, fan_in": arm("renormalised", "fan_in", "1", "1", "mup"),
     "all mended, route K": arm("renormalised", "width", "1", "K", "mup"),
 }
@@ -101,17 +111,21 @@ def _quarter(size) -> int:
     return size.n_experts // 4
 
 
-def _expert_arm(name: str, gates: str, top_k: Callable, forced: bool = False) -> Arm:
-    fields = {"renormalize": gates == "renormalised", "forced_balance": forced, "top_k": top_k}
+def _expert_arm(name: str, gates: str, top_k: Callable, forced: bool = False, balance: float = 0.01) -> Arm:
+    fields = {"renormalize": gates == "renormalised", "forced_balance": forced, "top_k": top_k, "balance_weight": balance}
     return Arm(PARAMETRIZATIONS[name], fields)
 
 
-EXPERT_ARMS: dict[str, Arm] = {
-    f"{name}, {gates}, k={active}": _expert_arm(name, gates, top_k)
-    for name in ("mup", "simplep")
-    for gates in ("raw", "renormalised")
-    for active, top_k in (("2", _two), ("E/4", _quarter))
-} | {"mup, raw, k=2, forced balance": _expert_arm("mup", "raw", _two, forced=True)}
+EXPERT_ARMS: dict[str, Arm] = (
+    {
+        f"{name}, {gates}, k={active}": _expert_arm(name, gates, top_k)
+        for name in ("mup", "simplep")
+        for gates in ("raw", "renormalised")
+        for active, top_k in (("2", _two), ("E/4", _quarter))
+    }
+    | {f"mup, {gates}, k=2, forced balance": _expert_arm("mup", gates, _two, forced=True) for gates in ("raw", "renormalised")}
+    | {f"mup, raw, k=2, balance {weight:g}": _expert_arm("mup", "raw", _two, balance=weight) for weight in (0, 0.1, 1)}
+)
 
 
 def labelled(frame: pd.DataFrame, arms: dict[str, Arm] = ARMS) -> pd.DataFrame:

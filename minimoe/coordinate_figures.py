@@ -180,7 +180,7 @@ def tensor_curves(frame: pd.DataFrame, tensor: str, layer: int = OUTSIDE, step: 
     """One tensor of one coordinate check: each of its quantities, an RMS or nats, against the size, with fitted slopes.
 
     frame: rows of one parametrization from `coordinate_check`. Dots are seeds; dashed: the slope predicted for the
-    quantity. step: of update, drift and change (default: the last). Raises ValueError if there is no such tensor.
+    quantity. step: of update, propagated and change (default: the last). Raises ValueError if there is no such tensor.
     """
     rows = exponents(frame, step)
     rows = rows[(rows.tensor == tensor) & (rows.layer == layer)]

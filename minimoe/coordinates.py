@@ -3,13 +3,13 @@
 For a weight W with input x (W0 and x0 at init, W = W0 + dW and x after some steps) four quantities are measured, each the
 root mean square (RMS) over an output's coordinates, on fixed validation tokens:
 
-    init     W0 x0             the weight's output at init
-    update   dW x              what the weight's own change does to today's input
-    drift    W0 (x - x0)       what the input's change does through the initial weight
-    change   W x - W0 x0       their sum, which is what other tools show
+    init         W0 x0             the weight's output at init
+    update       dW x              what the weight's own change does to today's input
+    propagated   W0 (x - x0)       what the input's change does through the initial weight
+    change       W x - W0 x0       the sum of the last two, which is what other tools show
 
-`update` and `drift` follow different laws. Their sum is a blend that reads like neither: it would condemn a correct muP
-router, and half excuse a wrong one. And each weight has
+`update` has a law. `propagated` has none: the input's change is in part aligned with W0 and in part independent of it, and
+the two parts grow differently. The sum would condemn a correct muP router, and half excuse a wrong one. And each weight has
 
     allocation    by how much its steps have lowered the loss of those tokens, in nats (see `allocations`)
 
@@ -71,7 +71,7 @@ def coordinate_check(
 
     One row per parametrization, size, seed, step, layer, tensor (the site's name) and quantity, with its `value`, an RMS or
     nats; the `alignment` of an update: the RMS over what it would be if no two terms of any sum cancelled; the exponent of
-    the value in the size that is `predicted` (NaN where there is no theory, as for drift and change); and what the site is:
+    the value in the size that is `predicted` (NaN where there is no theory, as for propagated and change); and what the site is:
     its role, kind, source, degree, mixture and place (see `theory.site_labels`). Step 0 has init; later steps
     have the rest, all since the start. Layer -1 is outside the blocks. Tensors: embedding, q, k, v, o, router, up, down and
     logits, each the output of a weight; scores (of attention), moe (output) and residual (stream) are no weight's own, and
@@ -89,7 +89,7 @@ def coordinate_check(
     2^3 over the widths; at a training LR such tables leave the linear regime (their steps overshoot, their inputs blow up).
 
     routing: "free" is the model that trains: read this first. Near-ties between experts flip as it trains, which puts noise
-    in the inputs of later layers (their drift and change), most of all at small widths. "frozen" lets the initial model
+    in the inputs of later layers (their propagated part and change), most of all at small widths. "frozen" lets the initial model
     choose every token's experts throughout: what remains is the weights' own scaling; read it if the free check is
     unclear. "forced" sends tokens round the experts in turn: the same assignment at every width, so that a difference
     between widths cannot come from which expert got which token.
@@ -249,7 +249,7 @@ def at_init(start: Observed) -> Iterator[dict]:
 
 
 def since(start: Observed, now: Observed) -> Iterator[dict]:
-    """A row for every site's update, drift and change. Both models are measured under today's choice of experts."""
+    """A row for every site's update, propagated part and change. Both models are measured under today's choice of experts."""
     for place, site in now.sites.items():
         before, labels = start.sites[place], (site.layer, site.name)
         if site.weight is None:
@@ -257,11 +257,11 @@ def since(start: Observed, now: Observed) -> Iterator[dict]:
         else:
             (x, serving), (x0, _) = (seen.input(now.experts[site.layer]) for seen in (site, before))
             moved = site.weight - before.weight
-            update, drift = output(x, moved, serving), output(x - x0, before.weight, serving)
+            update, propagated = output(x, moved, serving), output(x - x0, before.weight, serving)
             largest = rms(output(x.abs(), moved.abs(), serving))
             yield _row(*labels, "update", rms(update), alignment=rms(update) / largest if largest else math.nan)
-            yield _row(*labels, "drift", rms(drift))
-            yield _row(*labels, "change", rms(update + drift))
+            yield _row(*labels, "propagated", rms(propagated))
+            yield _row(*labels, "change", rms(update + propagated))
 
 
 def _row(layer: int, tensor: str, quantity: str, value: float, alignment: float = math.nan) -> dict:

@@ -258,7 +258,7 @@ class TableExplorer(Explorer):
 
 
 class CoordinateExplorer(Explorer):
-    """One tensor of a coordinate check, at one step, under one table: init, update, drift, change.
+    """One tensor of a coordinate check, at one step, under one table: init, update, propagated, change.
 
     frame: from `coordinate_check`.
     """

@@ -19,7 +19,7 @@ from .theory import MUP_INIT, NONE, TOLERANCE, Growth, wanted
 
 BROKEN = ("explodes", "shrinks")
 ABOUT = ("role", "kind", "source", "degree", "mixture", "place")  # columns that say what a site is
-QUANTITIES = (*Growth._fields, "fall", "drift", "change")  # in the order of a table
+QUANTITIES = (*Growth._fields, "fall", "propagated", "change")  # in the order of a table
 JUDGED = Growth._fields  # the quantities of which muP asks something
 NOISE = 3  # standard errors: a slope has few points, and a check some twenty tensors
 STILL = 1e-5  # nats: a loss in single precision cannot say much about a smaller fall
@@ -148,7 +148,7 @@ class _Judgement:
 def layers_compared(frame: pd.DataFrame) -> pd.DataFrame:
     """A check's rows as they can be compared between sizes: as they are, unless the depth grows.
 
-    Then the layers are "first", "last" and "sum", of all layers: plain for updates, drifts, changes and allocations, which
+    Then the layers are "first", "last" and "sum", of all layers: plain for updates, propagated parts, changes and allocations, which
     may all move the output in one direction; for inits, which are independent, the root of the sum of squares. What is
     predicted of the sum grows accordingly. What is no weight's own has no sum, and only its last layer is predicted.
     """

@@ -81,10 +81,10 @@ def test_simplep_grows_in_the_router_alone_and_a_smaller_lr_mends_it(tables):
 
 
 def test_the_sum_would_misjudge_the_router(tables):
-    """What other tools show lies between update and drift, and reads like neither."""
+    """What other tools show lies between update and propagated part, and reads like neither."""
     for name in ("mup", "simplep"):
-        drift, change, update = (measured(tables[name], "router", q) for q in ("drift", "change", "update"))
-        assert (drift < change).all()
+        propagated, change, update = (measured(tables[name], "router", q) for q in ("propagated", "change", "update"))
+        assert (propagated < change).all()
         assert (change < update + 0.02).all()
 
 

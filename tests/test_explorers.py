@@ -248,7 +248,7 @@ def test_coordinate_explorer_shows_one_tensor(checked):
     assert set(explorer.slopes().tensor) == {"moe"}
     assert set(explorer.slopes().quantity) == {"init", "change"}
     explorer.tensor.value = "embedding"
-    assert "zero" in explorer.text.value  # its drift
+    assert "zero" in explorer.text.value  # its propagated part
     assert "allocation" in explorer.text.value
     explorer.tensor.value = "loss"
     assert set(explorer.slopes().quantity) == {"allocation", "fall"}

@@ -89,7 +89,7 @@ def test_exponents_chart_draws_predictions_and_measurements_where_they_are(check
 def test_tensor_curves_show_each_quantity(checked):
     rows = checked[checked.parametrization == "mup"]
     figure = tensor_curves(rows, "router", layer=1, step=1)
-    assert [axes.get_title().split("\n")[0] for axes in figure.axes] == ["init", "update", "allocation", "drift", "change"]
+    assert [axes.get_title().split("\n")[0] for axes in figure.axes] == ["init", "update", "allocation", "propagated", "change"]
     own = rows[(rows.tensor == "router") & (rows.layer == 1) & (rows.step == 1) & (rows.quantity == "update")]
     assert np.allclose(np.sort(figure.axes[1].lines[0].get_ydata()), np.sort(own.value))
     assert "exactly zero" in [text.get_text() for axes in tensor_curves(rows, "embedding").axes for text in axes.texts]

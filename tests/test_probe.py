@@ -59,7 +59,7 @@ def test_quantities_are_what_they_are_called(corpus):
     assert later["logits", "change"] == pytest.approx(rms(after.logits - before.logits), rel=1e-4)
     assert later["router", "change"] == pytest.approx(rms(after.router_logits - before.router_logits), rel=1e-4)
     assert "embedding" in alignment
-    assert later["embedding", "drift"] == 0
+    assert later["embedding", "propagated"] == 0
     assert later["embedding", "change"] == later["embedding", "update"]
     assert all(0 < value <= 1 for value in alignment.values())
     # an expert's outputs, token by token
@@ -72,7 +72,7 @@ def test_quantities_are_what_they_are_called(corpus):
             ups.append(x[token] @ (moe.up[e] - moe0.up[e]))
             downs.append((h - h0) @ moe0.down[e])
     assert later["up", "update"] == pytest.approx(rms(torch.stack(ups)), rel=1e-5)
-    assert later["down", "drift"] == pytest.approx(rms(torch.stack(downs)), rel=1e-4)
+    assert later["down", "propagated"] == pytest.approx(rms(torch.stack(downs)), rel=1e-4)
 
 
 def test_observing_changes_nothing_and_leaves_no_hooks(corpus):

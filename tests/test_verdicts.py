@@ -82,8 +82,8 @@ def test_what_only_the_allocation_sees(mutants_frame):
     rows = table[table.quantity == "allocation"].groupby("tensor").measured.mean()
     assert rows[["embedding", "q", "k", "v", "o"]].to_numpy() == pytest.approx(np.full(5, 0.5), abs=0.15)
     assert rows["logits"] == pytest.approx(0, abs=0.1)
-    (drift,) = table[(table.tensor == "logits") & (table.quantity == "drift")].itertuples()
-    assert drift.verdict == "unjudged"  # a blend of independent and aligned sums: +0.2 here, where theory has +1/2
+    (propagated,) = table[(table.tensor == "logits") & (table.quantity == "propagated")].itertuples()
+    assert propagated.verdict == "unjudged"  # a blend of independent and aligned sums: +0.2 here, where theory has +1/2
     assert "the gradients that pass through it" in diagnosis(table)[mutant.name]
 
 
@@ -165,7 +165,7 @@ def synthetic(slopes, widths=(64, 128, 256), seeds=(0, 1)):
 
 
 def test_slopes_errors_and_verdicts_of_known_powers():
-    slopes = {("q", "init"): 0.5, ("q", "update"): -0.1, ("router", "init"): -0.5, ("router", "update"): -0.5, ("up", "drift"): 3}
+    slopes = {("q", "init"): 0.5, ("q", "update"): -0.1, ("router", "init"): -0.5, ("router", "update"): -0.5, ("up", "propagated"): 3}
     table = exponents(synthetic(slopes)).set_index(["tensor", "quantity"])
     for key, slope in slopes.items():
         assert table.measured[key] == pytest.approx(slope, abs=1e-9)
@@ -174,7 +174,7 @@ def test_slopes_errors_and_verdicts_of_known_powers():
         ("q", "update"): "holds",
         ("router", "init"): "holds",  # output-type: may shrink
         ("router", "update"): "shrinks",
-        ("up", "drift"): "unjudged",
+        ("up", "propagated"): "unjudged",
     }
     assert table.agrees["q", "update"]
     assert not table.agrees["q", "init"]

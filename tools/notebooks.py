@@ -2,11 +2,12 @@
 
 tools/notebooks.py run [NAME ...]    run notebooks in place
 tools/notebooks.py gallery           copy each one's main figure to docs/gallery, for the README
-tools/notebooks.py student           write copies without outputs and answers to student/
+tools/notebooks.py student           write copies without outputs, answers and claims to student/
 """
 
 from __future__ import annotations
 
+import ast
 import base64
 import re
 import shutil
@@ -18,6 +19,9 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
 PROMPT = "*Your answer:*"
+NOTICE = "**What do you notice?** *Two or three sentences:*"
+SUMMARY = "**Summary.** *Yours, in two or three sentences:*"
+STUDENTS_NEVER_SEE = {"answer", "claim", "exercise", "solution"}  # tags that a student's copy does not carry
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -59,16 +63,67 @@ def write_gallery(folder: Path) -> list[Path]:
 
 
 def student_copy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """The notebook without outputs; hidden answers become a prompt, and cells tagged `solution` a line to fill in."""
+    """The notebook without outputs and without anything that gives an answer away.
+
+    Of the code: a cell tagged `solution` becomes a line to fill in; one tagged `exercise` keeps its names and docstrings, with
+    blanks for what they are; one tagged `claim` goes; every assert goes. Of the text: hidden answers, what there is to notice,
+    the summary, and cells tagged `answer` become prompts.
+    """
     copy = nbformat.from_dict(notebook)
+    kept = []
     for cell in copy.cells:
-        if cell.cell_type == "markdown":
-            cell.source = re.sub(r"<details>.*?</details>", PROMPT, cell.source, flags=re.DOTALL)
-        else:
+        tags = set(cell.metadata.get("tags", []))
+        cell.source = _asked(cell.source, tags) if cell.cell_type == "markdown" else _blank(cell.source, tags)
+        if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-            if "solution" in cell.metadata.get("tags", []):
-                cell.source, cell.metadata["tags"] = "# your solution", []
+        if tags := tags - STUDENTS_NEVER_SEE:
+            cell.metadata["tags"] = sorted(tags)
+        else:
+            cell.metadata.pop("tags", None)
+        if cell.source:
+            kept.append(cell)
+    copy.cells = kept
     return copy
+
+
+def _asked(text: str, tags: set[str]) -> str:
+    """The text with prompts in place of answers."""
+    if "answer" in tags:
+        return PROMPT
+    text = re.sub(r"<details>.*?</details>", PROMPT, text, flags=re.DOTALL)
+    text = re.sub(r"\*\*What to notice\*\*\n(?:(?:- |  ).*(?:\n|$))+", f"{NOTICE}\n", text)
+    return re.sub(r"\*\*Summary\.\*\*.*?(?=\n\n|$)", SUMMARY, text, flags=re.DOTALL).rstrip("\n")
+
+
+def _blank(source: str, tags: set[str]) -> str:
+    """The code with blanks in place of answers; nothing of a cell that only claims."""
+    if "solution" in tags:
+        return "# your solution"
+    if "claim" in tags:
+        return ""
+    if "exercise" in tags:
+        return _with_blanks(source)
+    if "assert " not in source:
+        return source
+    lines = source.splitlines()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Assert):
+            lines[node.lineno - 1 : node.end_lineno] = [None] * (node.end_lineno - node.lineno + 1)
+    return "\n".join(line for line in lines if line is not None).strip("\n")
+
+
+def _with_blanks(source: str) -> str:
+    """The code with `...` for the body of each function (but for its docstring), and for each value that a name gets."""
+    lines = source.splitlines()
+    for node in reversed(ast.parse(source).body):
+        if isinstance(node, ast.FunctionDef):
+            documented = ast.get_docstring(node) is not None
+            first = node.body[1 if documented and len(node.body) > 1 else 0]
+            lines[first.lineno - 1 : node.end_lineno] = ["    ...  # your answer"]
+        elif isinstance(node, ast.Assign):
+            names = " = ".join(ast.unparse(target) for target in node.targets)
+            lines[node.lineno - 1 : node.end_lineno] = [f"{names} = ...  # your answer"]
+    return "\n".join(lines)
 
 
 def write_student_copies(folder: Path) -> list[Path]:
