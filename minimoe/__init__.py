@@ -33,6 +33,7 @@ _HOMES = {
     "model": ("MiniMoE", "Output"),
     "modules": ("check_module",),
     "mutations": ("mutants", "mystery"),
+    "optima_figures": ("optima_curves",),
     "parametrization": (
         "Monomial",
         "Parametrization",
