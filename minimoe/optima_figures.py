@@ -40,7 +40,12 @@ def optima_curves(
         ends = np.log2([sizes[0], sizes[-1]])
         colour = ALERT if slope else QUIET
         axes.plot(
-            ends, start + slope * (ends - ends[0]), style, color=colour, linewidth=1.4, label=f"{law}: {slope:+g} per doubling"
+            ends,
+            start + slope * (ends - ends[0]),
+            style,
+            color=colour,
+            linewidth=1.4,
+            label=f"{law}: {slope:+g} per doubling" if slope else law,
         )
     axes.set_xticks(np.log2(sizes), [f"{size:g}" for size in sizes])
     axes.set(xlabel=by.replace("_", " "), ylabel="best LR (log2), mean and standard error")

@@ -148,8 +148,8 @@ class _Judgement:
 def layers_compared(frame: pd.DataFrame) -> pd.DataFrame:
     """A check's rows as they can be compared between sizes: as they are, unless the depth grows.
 
-    Then the layers are "first", "last" and "sum", of all layers: plain for updates, propagated parts, changes and allocations, which
-    may all move the output in one direction; for inits, which are independent, the root of the sum of squares. What is
+    Then the layers are "first", "last" and "sum", of all layers: plain for updates, propagated parts, changes and allocations,
+    which may all move the output in one direction; for inits, which are independent, the root of the sum of squares. What is
     predicted of the sum grows accordingly. What is no weight's own has no sum, and only its last layer is predicted.
     """
     if "depth" not in frame or frame.depth.nunique() < 2:

@@ -19,7 +19,7 @@ import notebooks as tools
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 COURSE = [path for path in NOTEBOOKS if path.name > "01"]
-TAGS = {"nbval-ignore-output", "solution"}
+TAGS = {"nbval-ignore-output", "solution", "exercise", "claim", "answer"}
 HEADER = ("You will", "Before", "Takes", "Data")
 
 
@@ -81,7 +81,7 @@ def test_claims_are_asserted_and_what_is_ignored_trains_plots_or_prints_versions
     assert sum("assert " in cell.source for cell in code) >= 3
     trains = r"train\(|sweep\(|coordinate_check\("
     plots = r"allocation_map\(|learning_shares\(|promise_and_fall\("
-    plots += r"|_curves\(|_chart\(|router_rules\(|plt\.show|explorer$|^live$|Explorer\("
+    plots += r"|optima_curves\(|_curves\(|_chart\(|router_rules\(|plt\.show|explorer$|^live$|Explorer\("
     may_differ = rf"{trains}|{plots}|__version__"
     for cell in code:
         if "nbval-ignore-output" in cell.metadata.get("tags", []):
@@ -137,19 +137,57 @@ def test_a_sabotaged_table_fails_its_notebook(path, tmp_path, monkeypatch):
     assert failed.value.ename in ("AssertionError", "LineError"), failed.value  # a claim, or a sweep of another table
 
 
-@named(COURSE)
+@named(NOTEBOOKS)
 def test_a_student_copy_has_questions_and_no_answers(path):
     copy = tools.student_copy(read(path))
     text = "\n".join(cell.source for cell in copy.cells)
-    assert "<details>" not in text
+    for spoiler in ("<details>", "**What to notice**", "assert ", "**The answer"):
+        assert spoiler not in text
     assert tools.PROMPT in text
-    originals = [cell for cell in read(path).cells if "solution" in cell.get("metadata", {}).get("tags", [])]
-    assert originals
-    for cell in originals:
-        assert cell.source not in text
-    assert text.count("# your solution") == len(originals)
+    for cell in read(path).cells:
+        if {"solution", "claim", "answer"} & set(cell.get("metadata", {}).get("tags", [])):
+            assert cell.source not in text
     for cell in copy.cells:
         assert not cell.get("outputs")
+        assert set(cell.metadata.get("tags", [])) <= {"nbval-ignore-output"}
+
+
+@named(COURSE)
+def test_a_lesson_lets_the_reader_write_something(path):
+    text = "\n".join(cell.source for cell in tools.student_copy(read(path)).cells)
+    assert "...  # your answer" in text
+    assert "# your solution" in text
+
+
+def test_blanks_keep_names_and_docstrings():
+    head = 'def step(W, lr):  # of Adam\n    """W after."""\n'
+    source = head + '    lr = 2 * lr\n    return W\n\n\nguess = {\n    "a": 1,\n}\nprint(step(1, guess))'
+    cell = nbformat.v4.new_code_cell(source, metadata={"tags": ["exercise"]})
+    copy = tools.student_copy(nbformat.v4.new_notebook(cells=[cell]))
+    blank = "    ...  # your answer\n\n\nguess = ...  # your answer\nprint(step(1, guess))"
+    assert copy.cells[0].source == head + blank
+
+
+def test_prompts_take_the_place_of_what_there_is_to_notice_and_of_the_summary():
+    text = "**What to notice**\n- one\n  and more\n- two\n\nThen (a).\n\n**Summary.** All\nof it.\n\n**References.** One."
+    claim = nbformat.v4.new_code_cell("assert 1 == 1", metadata={"tags": ["claim"]})
+    mixed = nbformat.v4.new_code_cell("x = 1\nassert (\n    x == 1\n)\nprint(x)")
+    cells = [nbformat.v4.new_markdown_cell(text), claim, mixed]
+    copy = tools.student_copy(nbformat.v4.new_notebook(cells=cells))
+    assert [cell.source for cell in copy.cells] == [
+        f"{tools.NOTICE}\n\nThen (a).\n\n{tools.SUMMARY}\n\n**References.** One.",
+        "x = 1\nprint(x)",
+    ]
+
+
+def test_a_blank_student_copy_stops_at_its_first_exercise(tmp_path, monkeypatch):
+    """Alone in a folder: the data are found, and what stops the notebook is the exercise's own message."""
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    copy = tools.student_copy(read(ROOT / "notebooks" / "04_lr_transfer.ipynb"))
+    kept = [cell for cell in copy.cells if "sketch" not in cell.source and "Explorer(" not in cell.source]
+    copy.cells = [cell for cell in kept if cell.cell_type == "markdown" or not cell.source.startswith("lr_curves(")]
+    with pytest.raises(CellExecutionError, match="`tune` returns nothing: fill in the blank"):
+        NotebookClient(copy, timeout=300, kernel_name="python3").execute(cwd=tmp_path)
 
 
 def test_make_student_writes_every_copy(tmp_path):

@@ -165,7 +165,13 @@ def synthetic(slopes, widths=(64, 128, 256), seeds=(0, 1)):
 
 
 def test_slopes_errors_and_verdicts_of_known_powers():
-    slopes = {("q", "init"): 0.5, ("q", "update"): -0.1, ("router", "init"): -0.5, ("router", "update"): -0.5, ("up", "propagated"): 3}
+    slopes = {
+        ("q", "init"): 0.5,
+        ("q", "update"): -0.1,
+        ("router", "init"): -0.5,
+        ("router", "update"): -0.5,
+        ("up", "propagated"): 3,
+    }
     table = exponents(synthetic(slopes)).set_index(["tensor", "quantity"])
     for key, slope in slopes.items():
         assert table.measured[key] == pytest.approx(slope, abs=1e-9)
