@@ -21,10 +21,26 @@ def key(name, granularity=1):
 
 def test_at_granularity_1_arms_differ_in_gates_and_router_alone():
     runs = {}
-    for name, (table, fields) in ARMS.items():
-        runs.setdefault((fields["renormalize"], table.name.startswith("mup")), set()).add(key(name))
-    assert len(runs) == 4
-    assert [len(keys) for keys in runs.values()] == [1] * 4
+    for name, (_, fields) in ARMS.items():
+        router = tensor_numbers(config(name))["blocks.0.moe.router"]
+        runs.setdefault((fields["renormalize"], router), set()).add(key(name))
+    assert len(runs) == 6  # raw gates with four routers, renormalised ones with two
+    assert [len(keys) for keys in runs.values()] == [1] * 6
+
+
+def test_the_two_router_arms_change_one_effective_cell_of_simpleps_router_to_mups():
+    mups, simpleps, lr, init = (
+        effective_router(name) for name in ("router mup", "authors", "router mup's LR", "router mup's init")
+    )
+    assert mups == pytest.approx((1 / 2 * simpleps[0], 1 / 4 * simpleps[1]))  # at four times the base width
+    assert lr == pytest.approx((simpleps[0], mups[1]))
+    assert init == pytest.approx((mups[0], simpleps[1]))
+
+
+def effective_router(name):
+    """The std and the LR of the router's effective weight, multiplier times weight."""
+    numbers = tensor_numbers(config(name, 4))["blocks.0.moe.router"]
+    return numbers.multiplier * numbers.std, numbers.multiplier * numbers.lr
 
 
 def test_at_granularity_4_every_arm_is_a_run_of_its_own():
@@ -93,7 +109,18 @@ def test_rows_find_their_arms(corpus):
 def test_expert_arms_hold_k_or_its_share():
     assert [EXPERT_ARMS["mup, raw, k=2"].at(n_experts=n)["top_k"] for n in (2, 8, 32)] == [2, 2, 2]
     assert [EXPERT_ARMS["mup, raw, k=E/4"].at(n_experts=n)["top_k"] for n in (4, 8, 32)] == [1, 2, 8]
-    assert len(EXPERT_ARMS) == 9
+    assert len(EXPERT_ARMS) == 13
+
+
+def test_interventions_on_the_balance_change_the_balance_alone():
+    plain = EXPERT_ARMS["mup, raw, k=2"]
+    for weight in (0, 0.1, 1):
+        dose = EXPERT_ARMS[f"mup, raw, k=2, balance {weight:g}"]
+        assert dose.table is plain.table
+        assert dose.fields == plain.fields | {"balance_weight": weight}
+    for gates in ("raw", "renormalised"):
+        forced, free = EXPERT_ARMS[f"mup, {gates}, k=2, forced balance"], EXPERT_ARMS[f"mup, {gates}, k=2"]
+        assert forced.fields == free.fields | {"forced_balance": True}
 
 
 @pytest.mark.parametrize(

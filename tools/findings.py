@@ -16,6 +16,7 @@ from minimoe import ARMS, EXPERT_ARMS, drift_words, labelled, read_sweep, summar
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "findings.md"
 SWEEPS = ROOT / "data" / "sweeps"
+SCREENED = [name for name in EXPERT_ARMS if ", balance " not in name]
 
 
 def measured(octaves: float, error: float) -> str:
@@ -61,24 +62,36 @@ def screened(frame: pd.DataFrame, by: str, sizes: tuple) -> pd.DataFrame:
     return frame[whole & (frame.seed == 0) & frame[by].isin(sizes)]
 
 
+def stores(*names: str) -> pd.DataFrame:
+    """The rows of these shipped sweeps."""
+    return pd.concat([read_sweep(SWEEPS / f"{name}.jsonl") for name in names], ignore_index=True)
+
+
 def tables() -> dict[str, str]:
     """name -> table, each as it stands in the page."""
-    count = labelled(read_sweep(SWEEPS / "expert_count.jsonl"), EXPERT_ARMS)
+    count = labelled(stores("expert_count", "balance"), EXPERT_ARMS)
     joint = count[(count.parametrization == "mup, raw, k=2") & (count.steps == 200) & count.n_experts.isin([2, 8, 32])]
     joint = joint.sort_values("width", kind="stable").assign(parametrization=lambda rows: rows.width.map("width {}".format))
     count = dict(iter(count[count.width == 64].groupby("steps")))
-    fine = compared(labelled(read_sweep(SWEEPS / "granularity.jsonl"), ARMS), "granularity")
+    tested = count[200].parametrization.str.contains("forced balance|, balance ") | (
+        count[200].parametrization == "mup, raw, k=2"
+    )
+    published = count[200].parametrization.isin(SCREENED)
+    fine = compared(labelled(stores("granularity", "router_cells"), ARMS), "granularity")
     wide = fine[fine.width == 128]
     fine = dict(iter(fine[fine.width == 64].groupby("steps")))
     experts = {
-        "expert count": three_seeds(count[200], "n_experts"),
-        "expert count, every arm": screened(count[200], "n_experts", (2, 4, 8, 16, 32)),
+        "expert count": three_seeds(count[200][published], "n_experts"),
+        "is it the balance": three_seeds(count[200][tested & count[200].n_experts.isin([4, 32])], "n_experts"),
+        "expert count, every arm": screened(count[200][published], "n_experts", (2, 4, 8, 16, 32)),
         "expert count, half as long": three_seeds(count[100], "n_experts"),
         "width and expert count": joint,
     }
     granularities = {
         "granularity": three_seeds(fine[400], "granularity"),
-        "granularity, every arm": screened(fine[400], "granularity", (1, 4, 16)),
+        "granularity, every arm": screened(
+            fine[400][~fine[400].parametrization.str.startswith("router mup's")], "granularity", (1, 4, 16)
+        ),
         "granularity, half as long": three_seeds(fine[200], "granularity"),
         "granularity, twice as long": fine[800],
         "granularity, twice as wide": wide,
