@@ -43,12 +43,14 @@ def coordinate_curves(frame: pd.DataFrame, layer: int | str | None = None) -> Fi
         raise ValueError(f"layer={layer!r}: the frame has {sorted(set(frame.layer) - {OUTSIDE})}")
     names = list(dict.fromkeys(frame.parametrization))
     means = _growth(frame)
-    figure = Figure(figsize=(12.5, 4.9 * len(names)), layout="constrained")
+    number = len(in_forward_order(table[table.quantity.isin(MOVED)]))
+    columns, rows = min(COLUMNS, number), math.ceil(number / COLUMNS)
+    figure = Figure(figsize=(max(9, 2.08 * columns), (2.2 if rows > 1 else 2.9) * rows * len(names) + 0.5), layout="constrained")
     for part, name in zip(np.atleast_1d(figure.subfigures(len(names), 1)), names, strict=True):
         part.suptitle(f"{name}: growth with {axis}", fontsize=12)
         own = table[(table.parametrization == name) & (table.layer.isin((layer, OUTSIDE)) | (layer is None))]
         tensors = in_forward_order(own[own.quantity.isin(MOVED)])
-        panels = part.subplots(math.ceil(len(tensors) / COLUMNS), COLUMNS, sharex=True, sharey=True, squeeze=False).flat
+        panels = part.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
         for axes, tensor in zip_longest(panels, tensors):
             if tensor is None:
                 axes.set_axis_off()
@@ -57,7 +59,7 @@ def coordinate_curves(frame: pd.DataFrame, layer: int | str | None = None) -> Fi
         for axes in part.axes:
             axes.set_xlabel(axis, fontsize=9)
             axes.label_outer()
-        part.supylabel(f"RMS, or nats, over that at the smallest {axis}", fontsize=9)
+        part.supylabel(f"size over that at\nthe smallest {axis}", fontsize=9)
         _coordinate_legend(part, sorted(set(frame.step) - {0}))
     shown = [axes for part in figure.subfigs for axes in part.axes if axes.axison]
     low, high = (f(axes.get_ylim()[i] for axes in shown) for i, f in enumerate((min, max)))
@@ -188,7 +190,7 @@ def tensor_curves(frame: pd.DataFrame, tensor: str, layer: int = OUTSIDE, step: 
         raise ValueError(f"the frame needs one parametrization and the tensor {tensor!r} of layer {layer}")
     step, axis = frame.step.max() if step is None else step, size_axis(frame)
     points = frame[(frame.tensor == tensor) & (frame.layer == layer) & frame.step.isin((0, step))]
-    figure = Figure(figsize=(2.6 * len(rows) + 0.6, 3.2), layout="constrained")
+    figure = Figure(figsize=(2.1 * len(rows) + 0.6, 3.2), layout="constrained")
     panels = figure.subplots(1, len(rows), sharex=True, squeeze=False)[0]
     for axes, row in zip(panels, rows.itertuples(), strict=True):
         own = points[points.quantity == row.quantity]
@@ -214,7 +216,7 @@ def tensor_curves(frame: pd.DataFrame, tensor: str, layer: int = OUTSIDE, step: 
         low, high = axes.get_ylim()
         room = max(1.0, 4 / math.sqrt(high / low))  # so that noise on a flat line looks like noise
         axes.set_ylim(low / room, high * room)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda rms, _: f"{rms:.3g}"))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda rms, _: f"$2^{{{round(math.log2(rms))}}}$"))
         axes.tick_params(labelsize=8)
     panels[0].set_ylabel("RMS (allocation: nats)")
     return figure
@@ -223,7 +225,7 @@ def tensor_curves(frame: pd.DataFrame, tensor: str, layer: int = OUTSIDE, step: 
 def _slope_words(row) -> str:
     if math.isnan(row.measured):
         return ""
-    expected = "" if math.isnan(row.predicted) else f", predicted {row.predicted + 0.0:+.1f}"
+    expected = "" if math.isnan(row.predicted) else f"\npredicted {row.predicted + 0.0:+.1f}"
     return f"slope {row.measured:+.2f} ± {row.stderr:.2f}{expected}"
 
 
