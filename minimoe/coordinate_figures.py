@@ -239,10 +239,11 @@ def router_rules(check: pd.DataFrame, frame: pd.DataFrame, loss: str = "val_loss
     names = list(dict.fromkeys(means.parametrization))
     if missing := set(names) - set(check.parametrization):
         raise ValueError(f"the check lacks {', '.join(sorted(missing))}")
-    figure = Figure(figsize=(2.5 * len(names) + 0.8, 5.4), layout="constrained")
+    figure = Figure(figsize=(2.1 * len(names) + 0.8, 5.4), layout="constrained")
     above, below = figure.subplots(2, len(names), sharex="row", sharey="row", squeeze=False)
     looks, top = styles(means.width), fit_losses(below[0], means)
-    router = table[(table.role == "router") & (table.layer == table.layer.max())]
+    logits = table[(table.role == "router") & (table.quantity != "allocation")]
+    router = logits[logits.layer == logits.layer.max()]
     if router.empty:
         raise ValueError("the check is of dense models, which have no router")
     growth = _growth(check)
