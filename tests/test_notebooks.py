@@ -79,7 +79,7 @@ def test_header_box_short_cells_and_words_under_every_figure(path):
 def test_claims_are_asserted_and_what_is_ignored_trains_plots_or_prints_versions(path):
     code = code_cells(path)
     assert sum("assert " in cell.source for cell in code) >= 3
-    trains = r"train\(|sweep\(|coordinate_check\("
+    trains = r"train\(|sweep\(|coordinate_check\(|check_module\("
     plots = r"allocation_map\(|learning_shares\(|promise_and_fall\("
     plots += r"|optima_curves\(|_curves\(|_chart\(|router_rules\(|plt\.show|explorer$|^live$|Explorer\("
     asks_what_was_trained = r"balanced\.model"
