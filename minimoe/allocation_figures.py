@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter
 
 from .config import require
 from .coordinates import LOSS, size_axis
-from .figures import ALERT, QUIET
+from .figures import ALERT, PALETTE, QUIET
 from .probe import OUTSIDE
 from .verdicts import BROKEN, exponents, layers_compared
 
@@ -119,7 +119,7 @@ def learning_shares(books: pd.DataFrame) -> Figure:
     require(len(books) > 0, "books", len(books), "has no rows")
     tables, widths = list(dict.fromkeys(books.parametrization)), sorted(set(books.width))
     roles = list(dict.fromkeys(books.role))
-    colours = dict(zip(roles, sns.color_palette("colorblind", len(roles)), strict=True))
+    colours = dict(zip(roles, PALETTE[: len(roles)], strict=True))
     figure = Figure(figsize=(2.5 * len(widths) + 1.9, 2.3 * len(tables) + 0.9), layout="constrained")
     panels = figure.subplots(len(tables), len(widths), sharex=True, sharey=True, squeeze=False)
     for line, table in zip(panels, tables, strict=True):

@@ -1,16 +1,9 @@
-"""Widgets that choose rows and show figures: controls -> observe -> Figure -> PNG. None trains in a slider's callback.
-
-Where no kernel runs (a code-hosting site, an exported page) an explorer shows the picture that it last drew. Each is an
-ordinary ipywidgets box, so a test sets `.value` of its controls and reads `.figure`, `.text` and `.image` without a browser.
-"""
+"""The explorers: LR curves, a table's cells, a coordinate check. None trains in a slider's callback."""
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import math
-from collections.abc import Iterable
 
 import ipywidgets as widgets
 import pandas as pd
@@ -20,7 +13,8 @@ from .config import Config
 from .coordinate_figures import exponents_chart, in_forward_order, tensor_curves
 from .coordinates import coordinate_check
 from .diagnoses import diagnosis
-from .figures import lr_curves
+from .explorer import SPACED, Explorer, html_table, labelled
+from .figures import MY_LR, lr_curves
 from .parametrization import CELLS, Monomial, Parametrization, as_monomial, fan_in, width
 from .probe import OUTSIDE
 from .tables import PARAMETRIZATIONS, parametrization
@@ -28,10 +22,11 @@ from .theory import predicted_exponents, predictions
 from .transfer import losses_at, regrets
 from .verdicts import exponents
 
-DPI = 90
 PLURALS = {"width": "widths", "n_experts": "experts", "granularity": "granularities"}
 END = "the end"  # in place of a step, where runs differ in length
-AT_FIRST = 6  # tables shown before the reader has chosen
+AT_FIRST = 3  # tables shown before the reader has chosen
+MOST_PANELS = 6  # of one picture, whose height does not change
+SIZE = (10.0, 4.3)  # of the LR curves, in inches: with the controls it fits on a laptop's screen
 CHOICES: tuple[Monomial | float, ...] = (  # what a cell can be set to; an embedding's fan_in never grows, the width does
     1,
     1 / fan_in,
@@ -41,59 +36,6 @@ CHOICES: tuple[Monomial | float, ...] = (  # what a cell can be set to; an embed
     fan_in,
     1 / width,
 )
-
-
-class Explorer(widgets.VBox):
-    """Controls above a picture of fixed width and a line of text. A subclass says what to draw and to say."""
-
-    def __init__(self, controls: Iterable[widgets.Widget], rows: Iterable[widgets.Widget], width: int = 900):
-        self.image = widgets.Image(format="png", layout=widgets.Layout(width=f"{width}px", max_width="100%"))
-        self.text = widgets.HTML()
-        self.figure: Figure | None = None
-        super().__init__([*rows, self.image, self.text])
-        self.add_class("minimoe-explorer")
-        for control in controls:
-            control.observe(self.refresh, "value")
-        self.refresh()
-
-    def refresh(self, _change=None) -> None:
-        """Draw again what the controls ask for; what cannot be drawn is said in words."""
-        try:
-            self.figure, said = self.draw(), self.say()
-        except ValueError as error:
-            self.text.value = f"<b>{html.escape(str(error))}</b>"
-            return
-        self.image.value = _png(self.figure)
-        self.text.value = said
-
-    def draw(self) -> Figure:
-        raise NotImplementedError
-
-    def say(self) -> str:
-        """HTML below the picture: the numbers, for eyes and screen readers alike."""
-        raise NotImplementedError
-
-    def _repr_mimebundle_(self, **kwargs) -> dict:
-        """The live widget, beside a picture for where no kernel runs."""
-        bundle = super()._repr_mimebundle_(**kwargs)
-        still = base64.b64encode(self.image.value).decode()
-        return {**bundle, "text/plain": f"{type(self).__name__}: run this cell to use it", "image/png": still}
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
-    return buffer.getvalue()
-
-
-def labelled(kind: type, label: str, tooltip: str, wide: str = "auto", **settings) -> widgets.Widget:
-    """A control with a visible label (it is what a screen reader reads) and a tooltip."""
-    style = {"description_width": "initial"}
-    return kind(description=label, tooltip=tooltip, style=style, layout=widgets.Layout(width=wide), **settings)
-
-
-def _html_table(table: pd.DataFrame) -> str:
-    return table.to_html(index=False, border=0, na_rep="", escape=True)
 
 
 class LRExplorer(Explorer):
@@ -115,33 +57,43 @@ class LRExplorer(Explorer):
             raise ValueError("the runs that did not diverge have no recorded step in common: select one length of training")
         tables, values, seeds = (list(dict.fromkeys(frame[c])) for c in ("parametrization", by, "seed"))
         multiple, first = widgets.SelectMultiple, tables[:AT_FIRST]
-        self.tables = labelled(multiple, names, "ctrl-click for several", "330px", options=tables, value=first, rows=5)
+        self.tables = labelled(multiple, names, "ctrl-click for several", "330px", options=tables, value=first, rows=4)
         values, seeds = sorted(values), sorted(seeds)
         plural = PLURALS.get(by, by.replace("_", " "))
-        self.values = labelled(multiple, plural, "ctrl-click", options=values, value=values, rows=5)
-        self.seeds = labelled(multiple, "seeds", "several: mean and band", options=seeds, value=seeds, rows=5)
+        self.values = labelled(multiple, plural, "ctrl-click", options=values, value=values, rows=4)
+        self.seeds = labelled(multiple, "seeds", "several: mean and band", options=seeds, value=seeds, rows=4)
         self.step = labelled(widgets.SelectionSlider, "after step", "training goes on", "420px", options=steps, value=steps[-1])
         low, high = (round(math.log2(f(frame.lr))) for f in (min, max))
         self.my_lr = labelled(
             widgets.FloatSlider, "my LR = 2^", "arrow keys move it", "420px", min=low, max=high, step=0.25, value=-6.0
         )
         self.minima = labelled(widgets.Checkbox, "mark the minima", "a star at each optimum", value=True)
+        self._losses_at, self._drawn = {}, None
+        self._limits = _limits(frame, steps)
         panels = [(names, False), (self.values.description, True)]
         self.panels = labelled(widgets.ToggleButtons, "a panel for each of the", "the others are curves", options=panels)
         rows = (
-            widgets.HBox([self.tables, self.values, self.seeds]),
-            widgets.HBox([self.step, self.my_lr, self.minima, self.panels], layout=widgets.Layout(flex_flow="row wrap")),
+            widgets.HBox([self.tables, self.values, self.seeds, self.panels], layout=SPACED),
+            widgets.HBox([self.step, self.my_lr, self.minima], layout=SPACED),
         )
-        super().__init__((self.tables, self.values, self.seeds, self.step, self.my_lr, self.minima, self.panels), rows)
+        self._redrawing = (self.tables, self.values, self.seeds, self.step, self.minima, self.panels)
+        super().__init__((*self._redrawing, self.my_lr), rows)
 
     def chosen(self) -> pd.DataFrame:
         """The rows that the controls ask for, with the losses at the chosen step. Raises ValueError if there are none."""
-        frame = self.frame
+        frame = self._at_the_step()
         for column, control in (("parametrization", self.tables), (self.by, self.values), ("seed", self.seeds)):
             frame = frame[frame[column].isin(control.value)]
             if frame.empty:
                 raise ValueError(f"choose at least one of {control.description}")
-        return frame if self.step.value == END else losses_at(frame, self.step.value)
+        return frame
+
+    def _at_the_step(self) -> pd.DataFrame:
+        """The frame with the losses at the chosen step; read from the histories once for each step."""
+        step = self.step.value
+        if step not in self._losses_at:
+            self._losses_at[step] = self.frame if step == END else losses_at(self.frame, step)
+        return self._losses_at[step]
 
     def add_live(self, rows: pd.DataFrame) -> None:
         """Draw these rows too, dashed, in place of earlier ones of the same curves."""
@@ -155,8 +107,29 @@ class LRExplorer(Explorer):
         return self.live[self.live[self.by].isin(self.values.value) & self.live.parametrization.isin(self.tables.value)]
 
     def draw(self) -> Figure:
+        """The curves at one size and on one scale, whatever is chosen; where my LR alone has moved, its line is moved."""
+        asked = (*(control.value for control in self._redrawing), len(self.live))
+        if asked == self._drawn:
+            for line in self.figure.findobj(lambda artist: artist.get_gid() == MY_LR):
+                line.set_xdata([2.0**self.my_lr.value] * 2)
+            return self.figure
+        rows, column = self.chosen(), self.by if self.panels.value else "parametrization"
+        if (number := rows[column].nunique()) > MOST_PANELS:
+            raise ValueError(f"{number} panels are too many for one picture: choose at most {MOST_PANELS}")
         marks = {"minima": self.minima.value, "my_lr": 2.0**self.my_lr.value, "swapped": self.panels.value}
-        return lr_curves(self.chosen(), self.by, **marks, live=self.chosen_live())
+        figure = lr_curves(rows, self.by, **marks, live=self.chosen_live(), size=SIZE, losses=self._limits)
+        for axes in figure.axes:
+            axes.set_xlim(self.frame.lr.min() / 1.2, self.frame.lr.max() * 1.2)
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # the layout is found; finding it again takes longer than drawing
+        self._drawn = asked
+        self.image.words = self._described(rows)
+        return figure
+
+    def _described(self, rows: pd.DataFrame) -> str:
+        """The picture in words, for who cannot see it."""
+        names, values = (", ".join(map(str, dict.fromkeys(rows[column]))) for column in ("parametrization", self.by))
+        return f"loss against learning rate: {names}; a curve for each {self.by.replace('_', ' ')}: {values}"
 
     def regrets(self) -> pd.DataFrame:
         """What my LR costs each model, in nats: a row per table, a column per width."""
@@ -169,7 +142,7 @@ class LRExplorer(Explorer):
         shown = found.assign(words=words).pivot(index="parametrization", columns=self.by, values="words")
         shown = shown.reindex(self.tables.value).reset_index().rename_axis(columns=None)
         shown = shown.rename(columns={"parametrization": f"regret of 2^{self.my_lr.value:g} (nats) at {self.by}"})
-        return _html_table(shown) + self._live_words()
+        return html_table(shown) + self._live_words()
 
     def _live_words(self) -> str:
         live = self.chosen_live()
@@ -179,6 +152,14 @@ class LRExplorer(Explorer):
         if set(live.corpus_digest) != set(self.frame.corpus_digest):
             said += ", on another corpus than the shipped ones (the digests differ): compare shapes, not losses"
         return f"<p>{said}.</p>"
+
+
+def _limits(frame: pd.DataFrame, steps: list) -> tuple[float, float]:
+    """The lowest and the highest loss that an explorer shows at every step: from the best at the end to just above what half
+    of all runs have reached at the first step."""
+    first = frame if steps[0] == END else losses_at(frame, steps[0])
+    finite = frame.val_loss[frame.val_loss < math.inf]
+    return float(finite.min()), float(max(first.val_loss.median(), finite.quantile(0.9))) + 0.1
 
 
 def _cost(row) -> str:
@@ -210,7 +191,7 @@ class TableExplorer(Explorer):
         self._offer()
         self.value.observe(self._edit, "value")
         self.check.on_click(self._measure)
-        edits = widgets.HBox([self.base, self.role, self.cell, self.value], layout=widgets.Layout(flex_flow="row wrap"))
+        edits = widgets.HBox([self.base, self.role, self.cell, self.value], layout=SPACED)
         super().__init__((), (edits, self.check))
 
     def _offer(self, _change=None) -> None:
@@ -275,7 +256,7 @@ class CoordinateExplorer(Explorer):
         if "router" in tensors:  # the tensor that tables disagree on
             self.tensor.value = "router"
         controls = (self.name, self.tensor, self.layer, self.step)
-        super().__init__(controls, (widgets.HBox(controls, layout=widgets.Layout(flex_flow="row wrap")),))
+        super().__init__(controls, (widgets.HBox(controls, layout=SPACED),))
 
     def chosen(self) -> pd.DataFrame:
         """The rows of the chosen table and tensor."""
@@ -293,4 +274,4 @@ class CoordinateExplorer(Explorer):
 
     def say(self) -> str:
         columns = ["quantity", "predicted", "measured", "stderr", "verdict", "alignment"]
-        return _html_table(self.slopes()[columns].round(2))
+        return html_table(self.slopes()[columns].round(2))

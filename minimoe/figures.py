@@ -7,17 +7,20 @@ from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
-from .transfer import mean_losses, optima, optimum
+from .transfer import drift_words, mean_losses, optimum, summary, transfer_report
 
 MARKERS = "osD^vPX<>h"
+# Each at a contrast of 3 or more with white; neighbours differ in lightness too, for eyes that do not tell red from green
+PALETTE = ("#0173b2", "#c77700", "#00795c", "#9e2a00", "#9d4c8f", "#7d5a3c", "#d6409f", "#666666", "#8a7a00", "#2d8fb5")
 ALERT, QUIET = "#c1121f", "#333333"  # broken, and not
 WRAPPED = 5  # panels in one row
+MY_LR = "my LR"  # what the line of my_lr is called in the figure
+HOLLOW = {"marker": "s", "fillstyle": "none"}  # of a sketch
 OFF_SCALE = 1.2  # nats above the best loss at which the picture ends
 
 
@@ -31,7 +34,7 @@ def styles(values: Iterable[float], by: str = "width") -> dict[float, dict]:
     fixed = {v: int(math.log2(v) - first) % len(MARKERS) for v in values if v > 0 and math.log2(v).is_integer()}
     free = iter([step for step in reversed(range(len(MARKERS))) if step not in fixed.values()] * len(values))
     steps = {v: fixed[v] if v in fixed else next(free, 0) for v in values}
-    return {v: {"color": sns.color_palette("colorblind")[step], "marker": MARKERS[step]} for v, step in steps.items()}
+    return {v: {"color": PALETTE[step], "marker": MARKERS[step]} for v, step in steps.items()}
 
 
 def lr_curves(
@@ -43,61 +46,77 @@ def lr_curves(
     my_lr: float | None = None,
     live: pd.DataFrame | None = None,
     swapped: bool = False,
-    notes: dict[tuple[str, float], str] | None = None,
+    sketch: dict[float, dict[float, float]] | None = None,
+    size: tuple[float, float] | None = None,
+    losses: tuple[float, float] | None = None,
 ) -> Figure:
     """Loss against learning rate: a panel per parametrization, a curve per value of `by`, minima marked.
 
     frame: as `sweep` returns it. Curves are means over seeds, with a band of one standard deviation. A star and a dotted
     line mark each optimum (hollow: on the grid's edge); a cross at the top is a run that diverged or lies above. my_lr: an
     LR to mark in every panel. live: another sweep's frame, drawn dashed on top. swapped: a panel per value of `by` and a
-    curve per parametrization. notes: (parametrization, value) -> what to say of that curve in a legend of its own panel.
-    Raises ValueError as `mean_losses` does.
+    curve per parametrization. sketch: a reader's own curves, value of `by` -> {log2 of the LR: loss}, drawn dotted. size:
+    of the figure, in inches. losses: the lowest and the highest to show. Raises ValueError as `mean_losses` does, or for a
+    sketch of a value that the frame does not have.
     """
     means = mean_losses(frame, by, loss)
+    sketched = _sketched(sketch or {}, means, by, swapped)
     others = means.iloc[:0] if live is None or live.empty else mean_losses(live, by, loss)
     shown = pd.concat([means, others])
     panel, curve = (by, "parametrization") if swapped else ("parametrization", by)
     names = sorted(set(means[by])) if swapped else list(dict.fromkeys(means.parametrization))
-    titles = {name: f"{by.replace('_', ' ')} {name:g}" for name in names} if swapped else _titles(means, by)
+    titles = {name: f"{by.replace('_', ' ')} {name:g}" for name in names} if swapped else _titles(frame, by, loss)
     looks = table_styles(shown.parametrization) if swapped else styles(shown[by], by)
-    figure, panels = _panels(len(names), {"val_loss": "validation", "train_loss": "training"}.get(loss, loss))
-    top = fit_losses(panels[0], shown)
+    figure, panels = _panels(len(names), {"val_loss": "validation", "train_loss": "training"}.get(loss, loss), size)
+    top = fit_losses(panels[0], shown, losses)
     for axes, name in zip(panels, names, strict=True):
-        drawn = {
-            value: draw_curve(axes, points.sort_values("lr"), _name(value), looks[value], top, minima)
-            for value, points in means[means[panel] == name].groupby(curve)
-        }
+        for value, points in means[means[panel] == name].groupby(curve):
+            draw_curve(axes, points.sort_values("lr"), _name(value), looks[value], top, minima)
         for value, points in others[others[panel] == name].groupby(curve):
             points = points.sort_values("lr")
             axes.plot(points.lr, points.loss.clip(upper=top), "--", markersize=7, fillstyle="none", **looks[value])
         if my_lr is not None:
-            axes.axvline(my_lr, color="black", linewidth=1.4)
-        axes.set_title(titles[name], fontsize=11 if len(names) <= WRAPPED else 9)
-        curves = {(value, name) if swapped else (name, value): line for value, line in drawn.items()}
-        if noted := [key for key in curves if key in (notes or {})]:
-            handles, words = [curves[key] for key in noted], [notes[key] for key in noted]
-            axes.legend(handles, words, loc="upper center", fontsize=8, edgecolor="none")
+            axes.axvline(my_lr, color="black", linewidth=1.4, gid=MY_LR)
+        for value, points in sketched.items():
+            axes.plot(
+                2.0 ** np.array(list(points)), list(points.values()), ":", linewidth=2, markersize=7, **looks[value] | HOLLOW
+            )
+        axes.set_title(titles[name], fontsize=11 if len(names) <= 3 else 9)
         label_octaves(axes, sorted({*means.lr, *(() if my_lr is None else (my_lr,))}))
         axes.grid(alpha=0.25)
     handles = {line.get_label(): line for axes in panels for line in axes.get_legend_handles_labels()[0]}
     lines = [handles[_name(value)] for value in looks if _name(value) in handles]
     if len(others):
         lines.append(Line2D([], [], color="black", linestyle="--", label="live"))
+    if sketched:
+        lines.append(Line2D([], [], color="black", linestyle=":", label="your sketch", **HOLLOW))
     if my_lr is not None:
         lines.append(Line2D([], [], color="black", linewidth=1.4, label="my LR"))
     figure.legend(handles=lines, title=None if swapped else by.replace("_", " "), loc="outside right center", frameon=False)
     return figure
 
 
+def _sketched(sketch: dict, means: pd.DataFrame, by: str, swapped: bool) -> dict[float, dict[float, float]]:
+    """The sketch with its LRs in order. Raises ValueError for one that cannot be drawn."""
+    if sketch and swapped:
+        raise ValueError("a sketch has a curve for each value, so the panels must be parametrizations: swapped=False")
+    for value, points in sketch.items():
+        if value not in set(means[by]):
+            raise ValueError(f"the sketch is of {by} {value!r}; the frame has {', '.join(map(_name, sorted(set(means[by]))))}")
+        if len(points) < 2:
+            raise ValueError(f"the sketch of {by} {value!r} needs two or more points, {{log2 of the LR: loss}}")
+    return {value: dict(sorted(points.items())) for value, points in sketch.items()}
+
+
 def _name(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:g}"
 
 
-def _panels(number: int, loss: str) -> tuple[Figure, list[Axes]]:
+def _panels(number: int, loss: str, size: tuple[float, float] | None) -> tuple[Figure, list[Axes]]:
     """A figure of so many panels of loss against LR that share their axes, in rows of three or four where one is too long."""
     columns = number if number <= WRAPPED else 3 if number in (6, 9) else 4
     rows = math.ceil(number / columns)
-    figure = Figure(figsize=(1.2 + 3.6 * columns, 4.2 if rows == 1 else 0.6 + 3.1 * rows), layout="constrained")
+    figure = Figure(figsize=size or (1.2 + 3.6 * columns, 4.2 if rows == 1 else 0.6 + 3.1 * rows), layout="constrained")
     panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
     for place, axes in enumerate(panels):
         if place >= number:
@@ -110,32 +129,43 @@ def _panels(number: int, loss: str) -> tuple[Figure, list[Axes]]:
     return figure, panels[:number]
 
 
-def _titles(means: pd.DataFrame, by: str) -> dict[str, str]:
+def _titles(frame: pd.DataFrame, by: str, loss: str) -> dict[str, str]:
     """parametrization -> its name, and how far its best LR drifts."""
-    found = optima(means, by).groupby("parametrization", sort=False)
-    return {name: f"{name}\n{_drift(sizes.drift_octaves.iloc[-1], sizes.on_edge.any())}" for name, sizes in found}
+    report = transfer_report(frame, by, loss)
+    sizes = report.groupby("parametrization").size()
+    rows = summary(report).itertuples()
+    return {
+        row.parametrization: row.parametrization + (f"\n{_drift(row)}" if sizes[row.parametrization] > 1 else "") for row in rows
+    }
 
 
 def table_styles(names: Iterable[str]) -> dict[str, dict]:
     """name -> the colour and marker that stand for it within one figure, in their order."""
     names = list(dict.fromkeys(names))
-    looks = zip(sns.color_palette("husl", len(names)), MARKERS * len(names), strict=False)
-    return {name: {"color": color, "marker": marker} for name, (color, marker) in zip(names, looks, strict=False)}
+    number = len(PALETTE)  # beyond it the colours come again, with other markers
+    return {
+        name: {"color": PALETTE[place % number], "marker": MARKERS[(place + place // number) % number]}
+        for place, name in enumerate(names)
+    }
 
 
-def fit_losses(axes: Axes, means: pd.DataFrame) -> float:
-    """Show the finite losses, up to OFF_SCALE above the best; returns the highest that is shown."""
+def fit_losses(axes: Axes, means: pd.DataFrame, losses: tuple[float, float] | None = None) -> float:
+    """Show these losses, or by default the finite ones up to OFF_SCALE above the best; returns the highest that is shown."""
     finite = means.loss[np.isfinite(means.loss)]
     best = finite.min() if len(finite) else 0.0
-    top = min(finite.max(), best + OFF_SCALE) if len(finite) else 1.0
+    best, top = losses or (best, min(finite.max(), best + OFF_SCALE) if len(finite) else 1.0)
     margin = 0.06 * max(top - best, 0.1)
     axes.set_ylim(best - margin, top + margin)
     return top
 
 
-def _drift(octaves: float, on_edge: bool) -> str:
-    """How far the best LR moves, in words."""
-    return "an optimum lies on the grid's edge" if on_edge else f"the best LR drifts by {octaves:+.2f} octaves"
+def _drift(row) -> str:
+    """How far the best LR moves from the smallest size to the largest, in words: with an error where there are seeds."""
+    if row.on_edge:
+        return "an optimum lies on the grid's edge"
+    if math.isnan(row.drift_error):
+        return f"the best LR drifts by {row.drift_octaves:+.2f} octaves"
+    return f"drift {drift_words(row.drift, row.drift_error)} octaves"
 
 
 def draw_curve(axes: Axes, curve: pd.DataFrame, name: str, look: dict, ceiling: float, minima: bool) -> Line2D:
@@ -154,7 +184,7 @@ def draw_curve(axes: Axes, curve: pd.DataFrame, name: str, look: dict, ceiling: 
         axes.axvline(found["best_lr"], color=look["color"], linestyle=":", linewidth=1.2)
         axes.plot(
             found["best_lr"],
-            found["best_loss"],
+            np.interp(math.log2(found["best_lr"]), np.log2(lrs), shown),  # on the curve as it is drawn
             "*",
             markersize=12,
             color=look["color"],

@@ -10,7 +10,8 @@ import ipywidgets as widgets
 import pandas as pd
 
 from .corpus import Corpus, load_corpus
-from .explorers import LRExplorer, labelled
+from .explorer import SPACED, labelled
+from .explorers import LRExplorer
 from .parametrization import Parametrization
 from .sweeps import sweep
 from .tables import PARAMETRIZATIONS, ROUTER_RULES
@@ -42,8 +43,8 @@ class LiveSweep(widgets.VBox):
         self.status = widgets.HTML("ready")
         self.start.on_click(self._started)
         self.stop.on_click(lambda _button: self._stop.set())
-        choices = widgets.HBox([self.table, self.width, self.steps], layout=widgets.Layout(flex_flow="row wrap"))
-        super().__init__([choices, widgets.HBox([self.start, self.stop, self.bar, self.status])])
+        choices = widgets.HBox([self.table, self.width, self.steps], layout=SPACED)
+        super().__init__([choices, widgets.HBox([self.start, self.stop, self.bar], layout=SPACED), self.status])
 
     def _started(self, _button) -> None:
         self._stop.clear()
@@ -62,12 +63,11 @@ class LiveSweep(widgets.VBox):
                     break
                 self.bar.value, self.status.value = done, f"width {width}, LR 2^{math.log2(lr):g} ..."
                 rows.append(sweep((width,), (table,), (lr,), (0,), steps, corpus, n_jobs=1, progress=False))
+                self.explorer.add_live(pd.concat(rows, ignore_index=True))
             else:
                 self.bar.value = len(lrs)
             said = "stopped" if self._stop.is_set() else "done"
-            if rows:
-                self.explorer.add_live(pd.concat(rows, ignore_index=True))
-            self.status.value = f"{said}: {len(rows)} of {len(lrs)} runs"
+            self.status.value = f"{said}: {len(rows)} of {len(lrs)} runs{_found(rows)}"
         except Exception as error:  # a thread's exception would be seen nowhere
             self.status.value = f"<b>{html.escape(f'{type(error).__name__}: {error}')}</b>"
         finally:
@@ -82,3 +82,13 @@ class LiveSweep(widgets.VBox):
             self._thread.join(timeout)
             if self._thread.is_alive():
                 raise TimeoutError(f"the live sweep is still training after {timeout} s")
+
+
+def _found(rows: list[pd.DataFrame]) -> str:
+    """What the runs so far say, beside the button, as the picture may be out of sight."""
+    if not rows:
+        return ""
+    losses = {math.log2(row.lr.iloc[0]): row.val_loss.iloc[0] for row in rows}
+    return (
+        f"; lowest loss {min(losses.values()):.2f} at LR 2^{min(losses, key=losses.get):g} (drawn dashed in the explorer above)"
+    )

@@ -1,9 +1,10 @@
-"""Notebook 04 in JupyterLab, in a real browser: run it, move a slider by the keyboard, train a live sweep.
+"""Notebook 04 in JupyterLab, in a real browser: run it, move a slider by the keyboard, train a live sweep, save, reopen.
 
 Needs Chromium (Debian's package, or the one that MINIMOE_CHROMIUM names). Without one it is skipped, unless
 MINIMOE_REQUIRE_BROWSER is set, as it is in continuous integration.
 """
 
+import json
 import os
 import re
 import shutil
@@ -79,7 +80,7 @@ def page(lab):
     assert CHROMIUM, "MINIMOE_REQUIRE_BROWSER is set, but there is no Chromium"
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        page = browser.new_page(viewport={"width": 1280, "height": 800})
         page.set_default_timeout(120_000)
         page.goto(lab)
         page.wait_for_function(KERNEL_CONNECTED)
@@ -87,29 +88,61 @@ def page(lab):
         browser.close()
 
 
-def test_slider_and_live_sweep(page, tmp_path):
+def explorer_cell(page):
+    """The cell of the LR explorer: its controls are a widget, its picture and its regrets are ordinary outputs."""
+    return page.locator(".jp-CodeCell").filter(has_text="explorer = LRExplorer(frame)")
+
+
+def screenshot(page, name):
+    if folder := os.environ.get("MINIMOE_SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / name)
+
+
+def test_slider_and_live_sweep(page):
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    explorer = page.locator(".minimoe-explorer").first
-    explorer.wait_for(state="attached")
-    explorer.scroll_into_view_if_needed()
-    regrets = explorer.locator("table")
-    before, picture = regrets.inner_text(), explorer.locator("img").get_attribute("src")
-    handle = explorer.locator(".widget-hslider", has_text="my LR").locator(".noUi-handle")
+    cell = explorer_cell(page)
+    cell.locator(".minimoe-explorer").wait_for(state="attached")
+    cell.scroll_into_view_if_needed()
+    regrets, image = cell.locator(".jp-RenderedHTML table"), cell.locator(".jp-RenderedImage img")
+    cell.locator("table", has_text="2^-6 (nats)").wait_for()
+    before, picture = regrets.text_content(), image.get_attribute("src")
+    handle = cell.locator(".widget-hslider", has_text="my LR").locator(".noUi-handle")
     handle.focus()
     page.keyboard.press("ArrowRight")
-    changed = explorer.locator("table", has_text="2^-5.75")
-    changed.wait_for()
-    after = regrets.inner_text()
+    cell.locator("table", has_text="2^-5.75").wait_for()
+    after = regrets.text_content()
     numbers = [[float(x) for x in re.findall(r"\d\.\d{3}", text)] for text in (before, after)]
     assert len(numbers[0]) >= 8
     assert numbers[0] != numbers[1], "the regrets move with the slider"
-    assert explorer.locator("img").get_attribute("src") != picture
+    assert image.get_attribute("src") != picture
+    screenshot(page, "explorer.png")
     train = page.get_by_role("button", name="Train now")
     train.scroll_into_view_if_needed()
     train.click()
     page.get_by_text("done: 6 of 6 runs").wait_for()
-    explorer.scroll_into_view_if_needed()
-    explorer.get_by_text("Dashed: 6 live rows").wait_for()
-    if folder := os.environ.get("MINIMOE_SCREENSHOTS"):
-        page.screenshot(path=Path(folder) / "explorer.png")
+    screenshot(page, "live.png")
+    cell.scroll_into_view_if_needed()
+    cell.get_by_text("Dashed: 6 live rows").wait_for()
+    screenshot(page, "dashed.png")
+
+
+def test_a_saved_notebook_reopens_with_its_last_picture(page, lab):
+    """After the test above: saved as it is, its kernel gone, opened again."""
+    picture = explorer_cell(page).locator(".jp-RenderedImage img").get_attribute("src")
+    page.keyboard.press("Control+s")
+    page.wait_for_function("!window.jupyterapp.shell.currentWidget.context.model.dirty")
+    address, token = lab.split("/doc/")[0], {"Authorization": "token test"}
+    for session in json.load(urllib.request.urlopen(urllib.request.Request(f"{address}/api/sessions", headers=token))):
+        gone = urllib.request.Request(f"{address}/api/sessions/{session['id']}", headers=token, method="DELETE")
+        urllib.request.urlopen(gone)
+    page.goto(lab)
+    page.wait_for_function(KERNEL_CONNECTED)
+    cell = explorer_cell(page)
+    cell.scroll_into_view_if_needed()
+    image = cell.locator(".jp-RenderedImage img")
+    image.wait_for()
+    screenshot(page, "reopened.png")
+    assert image.get_attribute("src").strip() == picture.strip()
+    assert image.bounding_box()["height"] > 200
+    assert "Dashed: 6 live rows" in cell.inner_text()

@@ -1,13 +1,16 @@
 """The explorers without a kernel or a browser: set a control, read the numbers and the picture."""
 
-import json
+import base64
 import math
+import re
 
+import numpy as np
 import pandas as pd
 import pytest
 from ipywidgets import HTML, Widget
 
 from minimoe import PARAMETRIZATIONS, coordinate_check, fan_in, losses_at, regrets, sweep, width
+from minimoe import explorer as explorer_module
 from minimoe.arms import ARMS, labelled
 from minimoe.explorers import CoordinateExplorer, LRExplorer, TableExplorer
 from minimoe.live import LiveSweep
@@ -151,7 +154,7 @@ def test_live_sweep_trains_shows_progress_and_joins_the_explorer(swept, corpus):
     before = bytes(explorer.image.value)
     live.start.click()
     live.wait(120)
-    assert live.status.value == "done: 6 of 6 runs"
+    assert re.fullmatch(r"done: 6 of 6 runs; lowest loss \d\.\d\d at LR 2\^-\d \(drawn dashed .*\)", live.status.value)
     assert live.bar.value == 6
     assert len(explorer.live) == 6
     assert bytes(explorer.image.value) != before
@@ -254,13 +257,77 @@ def test_coordinate_explorer_shows_one_tensor(checked):
     assert set(explorer.slopes().quantity) == {"allocation", "fall"}
 
 
-def test_where_no_kernel_runs_there_is_a_picture_and_a_fixed_text(checked):
+class Handle:
+    """A display that remembers what it shows."""
+
+    def __init__(self, bundle):
+        self.bundle = bundle
+
+    def update(self, bundle, raw):
+        assert raw
+        self.bundle = bundle
+
+
+def test_displayed_are_the_controls_and_below_them_outputs_that_follow(checked, monkeypatch):
+    shown = []
+    monkeypatch.setattr(explorer_module, "display", lambda bundle, **_how: shown.append(Handle(bundle)) or shown[-1])
     explorer = CoordinateExplorer(checked)
-    bundle = explorer._repr_mimebundle_()
-    assert bundle["text/plain"] == "CoordinateExplorer: run this cell to use it"
-    assert bundle["image/png"]
-    assert "application/vnd.jupyter.widget-view+json" in bundle
-    json.dumps(bundle)
+    explorer._ipython_display_()
+    controls, picture, words = shown
+    assert set(controls.bundle) == {"application/vnd.jupyter.widget-view+json", "text/plain"}
+    assert controls.bundle["text/plain"] == "CoordinateExplorer: run this cell to use its controls"
+    assert set(picture.bundle) == {"image/png", "text/plain"}
+    assert set(words.bundle) == {"text/html", "text/plain"}
+    before = picture.bundle["image/png"], words.bundle["text/html"]
+    explorer.tensor.value = "up"
+    after = picture.bundle["image/png"], words.bundle["text/html"]
+    assert base64.b64decode(after[0]) == explorer.image.value
+    assert after[0] != before[0]
+    assert after[1] == explorer.text.value != before[1]
+    explorer._ipython_display_()  # a second time: both pictures follow
+    explorer.tensor.value = "down"
+    assert (
+        shown[1].bundle
+        == shown[4].bundle
+        == {"image/png": base64.b64encode(explorer.image.value).decode()} | {"text/plain": explorer.image.words}
+    )
+
+
+def test_the_picture_keeps_its_size_and_its_axes(swept):
+    explorer = LRExplorer(swept)
+
+    def looks():
+        return {(tuple(explorer.figure.get_size_inches()), axes.get_xlim(), axes.get_ylim()) for axes in explorer.figure.axes}
+
+    first = looks()
+    assert len(first) == 1
+    explorer.tables.value = ("mup",)
+    assert looks() == first
+    explorer.step.value = explorer.step.options[0][1] if isinstance(explorer.step.options[0], tuple) else explorer.step.options[0]
+    assert looks() == first
+    explorer.values.value, explorer.panels.value = (32,), True
+    assert looks() == first
+    explorer.add_live(swept.assign(val_loss=swept.val_loss + 5))
+    assert looks() == first
+
+
+def test_my_lr_alone_moves_its_line_in_the_picture_that_is_there(swept):
+    explorer = LRExplorer(swept)
+    figure = explorer.figure
+    explorer.my_lr.value = -7.25
+    assert explorer.figure is figure
+    lines = figure.findobj(lambda artist: artist.get_gid() == "my LR")
+    assert len(lines) == len(explorer.tables.value)
+    assert all(np.allclose(line.get_xdata(), 2**-7.25) for line in lines)
+    explorer.seeds.value = (0,)
+    assert explorer.figure is not figure
+
+
+def test_too_many_panels_are_refused(swept):
+    explorer = LRExplorer(pd.concat([swept.assign(parametrization=f"table {i}") for i in range(7)]))
+    assert len(explorer.tables.value) == 3
+    explorer.tables.value = explorer.tables.options
+    assert "7 panels are too many for one picture: choose at most 6" in explorer.text.value
 
 
 def test_every_control_has_a_label(swept, checked, corpus):

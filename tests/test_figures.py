@@ -19,7 +19,7 @@ from minimoe import (
     sweep,
     tensor_curves,
 )
-from minimoe.figures import ALERT
+from minimoe.figures import ALERT, PALETTE, styles
 
 LRS = [2.0**octave for octave in (-8, -6, -4)]
 PAIR = [ROUTER_RULES["mup"], ROUTER_RULES["early router"]]
@@ -47,14 +47,44 @@ def test_my_lr_is_a_line_in_every_panel_and_live_curves_are_dashed(swept):
     assert not any(line.get_marker() == "*" for axes in lr_curves(swept, minima=False).axes for line in axes.lines)
 
 
-@pytest.mark.parametrize("swapped", [False, True])
-def test_notes_stand_in_their_curve_s_own_panel(swept, swapped):
-    name = PAIR[0].name
-    first, second = lr_curves(swept, notes={(name, 32): "narrow", (name, 64): "wide"}, swapped=swapped).axes
-    shown = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in (first, second) if axes.get_legend()]
-    assert shown == ([["narrow"], ["wide"]] if swapped else [["narrow", "wide"]])
-    colors = [to_rgb(line.get_color()) for line in first.get_legend().get_lines()]
-    assert colors == [to_rgb(line.get_color()) for line in first.lines if line.get_label() in ("32", "64", name)][: len(colors)]
+def test_a_sketch_is_drawn_over_every_panel(swept):
+    figure = lr_curves(swept, sketch={64: {-4: 2.5, -8: 2.7, -6: 2.4}})
+    for axes in figure.axes:
+        (drawn,) = [line for line in axes.get_lines() if line.get_linestyle() == ":" and len(line.get_xdata()) == 3]
+        assert list(drawn.get_xdata()) == [2.0**-8, 2.0**-6, 2.0**-4]
+        assert list(drawn.get_ydata()) == [2.7, 2.4, 2.5]
+        assert drawn.get_color() == styles([64])[64]["color"]
+    assert "your sketch" in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+@pytest.mark.parametrize(
+    ("sketch", "swapped", "message"),
+    [
+        ({48: {-4: 2.5, -6: 2.4}}, False, "the sketch is of width 48; the frame has 32, 64"),
+        ({64: {-4: 2.5}}, False, "needs two or more points"),
+        ({64: {-4: 2.5, -6: 2.4}}, True, "swapped=False"),
+    ],
+)
+def test_sketches_that_cannot_be_drawn(swept, sketch, swapped, message):
+    with pytest.raises(ValueError, match=message):
+        lr_curves(swept, sketch=sketch, swapped=swapped)
+
+
+def test_stars_lie_on_their_curves(swept):
+    for axes in lr_curves(swept).axes:
+        curves = [line for line in axes.get_lines() if len(line.get_xdata()) > 2]
+        stars = [line for line in axes.get_lines() if line.get_marker() == "*"]
+        assert stars
+        for star in stars:
+            heights = [np.interp(np.log2(star.get_xdata()[0]), np.log2(c.get_xdata()), c.get_ydata()) for c in curves]
+            assert min(abs(height - star.get_ydata()[0]) for height in heights) < 1e-9
+
+
+def test_every_colour_can_be_seen_on_white():
+    for colour in PALETTE:
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
+        luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+        assert 1.05 / (luminance + 0.05) >= 3, colour
 
 
 def test_drift_chart_has_a_row_for_each_table_and_hollow_points_without_an_error():

@@ -211,5 +211,9 @@ def test_running_a_notebook_keeps_no_times_and_of_a_widget_the_picture(tmp_path)
     nbformat.write(notebook, path)
     tools.run(path)
     (cell,) = read(path).cells
-    assert set(cell.outputs[0].data) == {"text/plain", "image/png"}
+    assert [set(output.data) for output in cell.outputs] == [
+        {"text/plain"},  # the controls
+        {"text/plain", "image/png"},
+        {"text/plain", "text/html"},
+    ]
     assert dict(cell.metadata) == {}
