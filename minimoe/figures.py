@@ -103,7 +103,7 @@ def _sketched(sketch: dict, means: pd.DataFrame, by: str, swapped: bool) -> dict
     for value, points in sketch.items():
         if value not in set(means[by]):
             raise ValueError(f"the sketch is of {by} {value!r}; the frame has {', '.join(map(_name, sorted(set(means[by]))))}")
-        if len(points) < 2:
+        if not isinstance(points, dict) or len(points) < 2:
             raise ValueError(f"the sketch of {by} {value!r} needs two or more points, {{log2 of the LR: loss}}")
     return {value: dict(sorted(points.items())) for value, points in sketch.items()}
 

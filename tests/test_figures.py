@@ -62,6 +62,7 @@ def test_a_sketch_is_drawn_over_every_panel(swept):
     [
         ({48: {-4: 2.5, -6: 2.4}}, False, "the sketch is of width 48; the frame has 32, 64"),
         ({64: {-4: 2.5}}, False, "needs two or more points"),
+        ({64: ...}, False, "needs two or more points"),  # a blank
         ({64: {-4: 2.5, -6: 2.4}}, True, "swapped=False"),
     ],
 )

@@ -156,7 +156,7 @@ def test_a_student_copy_has_questions_and_no_answers(path):
 @named(COURSE)
 def test_a_lesson_lets_the_reader_write_something(path):
     text = "\n".join(cell.source for cell in tools.student_copy(read(path)).cells)
-    assert "...  # your answer" in text
+    assert "# your answer" in text
     assert "# your solution" in text
 
 
@@ -165,7 +165,7 @@ def test_blanks_keep_names_and_docstrings():
     source = head + '    lr = 2 * lr\n    return W\n\n\nguess = {\n    "a": 1,\n}\nprint(step(1, guess))'
     cell = nbformat.v4.new_code_cell(source, metadata={"tags": ["exercise"]})
     copy = tools.student_copy(nbformat.v4.new_notebook(cells=[cell]))
-    blank = "    ...  # your answer\n\n\nguess = ...  # your answer\nprint(step(1, guess))"
+    blank = "    ...  # your answer\n\n\nguess = {'a': ...}  # your answer\nprint(step(1, guess))"
     assert copy.cells[0].source == head + blank
 
 

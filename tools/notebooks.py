@@ -113,7 +113,8 @@ def _blank(source: str, tags: set[str]) -> str:
 
 
 def _with_blanks(source: str) -> str:
-    """The code with `...` for the body of each function (but for its docstring), and for each value that a name gets."""
+    """The code with `...` for the body of each function (but for its docstring), for each value that a name gets, and for
+    each value of a dict."""
     lines = source.splitlines()
     for node in reversed(ast.parse(source).body):
         if isinstance(node, ast.FunctionDef):
@@ -122,7 +123,9 @@ def _with_blanks(source: str) -> str:
             lines[first.lineno - 1 : node.end_lineno] = ["    ...  # your answer"]
         elif isinstance(node, ast.Assign):
             names = " = ".join(ast.unparse(target) for target in node.targets)
-            lines[node.lineno - 1 : node.end_lineno] = [f"{names} = ...  # your answer"]
+            keys = [ast.unparse(key) for key in node.value.keys] if isinstance(node.value, ast.Dict) else []
+            blank = f"{{{', '.join(f'{key}: ...' for key in keys)}}}" if keys else "..."
+            lines[node.lineno - 1 : node.end_lineno] = [f"{names} = {blank}  # your answer"]
     return "\n".join(lines)
 
 
