@@ -169,7 +169,8 @@ def exponents_chart(predicted: pd.DataFrame, table: pd.DataFrame | None = None) 
     lines = [Line2D([], [], color=QUIET, marker="D", fillstyle="none", linestyle="", label="predicted from the table")]
     if table is not None:
         lines.append(Line2D([], [], color=QUIET, marker="o", markersize=4, label="measured, with standard error"))
-    lines += [Patch(color="#dddddd", label="as muP wants it"), Line2D([], [], color=ALERT, marker="o", linestyle="", label="not")]
+    lines.append(Patch(color="#dddddd", label="as muP wants it"))
+    lines.append(Line2D([], [], color=ALERT, marker="o", linestyle="", label="measured, not as muP wants it"))
     figure.legend(handles=lines, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
     return figure
 
