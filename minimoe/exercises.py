@@ -6,6 +6,7 @@ A wrong answer raises `Wrong`, whose message names the fault; a notebook shows t
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from .tables import PARAMETRIZATIONS
 from .theory import predicted_exponents
 from .transfer import mean_losses
 
-DATA = Path(__file__).parent.parent / "data"  # beside the package, in a checkout
+DATA = Path(__file__).parent.parent / "data"  # beside the package, in a checkout; MINIMOE_DATA names another folder
 NEAR = 0.25  # how far a measured exponent may be from the law's
 
 
@@ -36,13 +37,15 @@ class Wrong(AssertionError):
 def shipped(name: str) -> Path:
     """The path of a file that comes with the course, such as "sweeps/transfer.jsonl", wherever the notebook lies.
 
-    Raises FileNotFoundError, with what to do, if there is no such file.
+    The environment variable MINIMOE_DATA names the folder, where it is not the checkout's data/. Raises FileNotFoundError, with
+    what to do, if there is no such file.
     """
-    path = DATA / name
+    folder = Path(os.environ.get("MINIMOE_DATA", DATA))
+    path = folder / name
     if not path.is_file():
         raise FileNotFoundError(
-            f"{name} is not in {DATA.name}/, the folder of shipped data beside the package: install minimoe from a checkout of "
-            "the course (pip install --editable .), or make the file again with `python data/make.py`"
+            f"{name} is not in {folder.name}/, the folder of shipped data: install minimoe from a checkout of the course "
+            "(pip install --editable .), or set MINIMOE_DATA to its folder data/"
         )
     return path
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minimoe import PARAMETRIZATIONS, Config, MiniMoE, exercises, fan_in, mystery, read_sweep, shipped, width
+from minimoe import PARAMETRIZATIONS, Config, MiniMoE, fan_in, mystery, read_sweep, shipped, width
 from minimoe.exercises import (
     Wrong,
     check_allocation,
@@ -219,6 +219,6 @@ def test_shipped_files_are_found_from_anywhere(tmp_path, monkeypatch):
     assert shipped("sweeps/transfer.jsonl").is_file()
     with pytest.raises(FileNotFoundError, match=r"sweeps/none.jsonl is not in data/.*pip install --editable"):
         shipped("sweeps/none.jsonl")
-    monkeypatch.setattr(exercises, "DATA", tmp_path)
+    monkeypatch.setenv("MINIMOE_DATA", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="install minimoe from a checkout"):
         shipped("sweeps/transfer.jsonl")
