@@ -156,7 +156,7 @@ def marked(table: pd.DataFrame) -> str:
     return text.to_string()
 
 
-def _why(kind: str, rule: Rule, grows: float, allocation: float = math.nan, head: float = MUP_INIT["output"]) -> str:
+def why(kind: str, rule: Rule, grows: float, allocation: float = math.nan, head: float = MUP_INIT["output"]) -> str:
     """In words: what the kind is, and what follows from the rule; fan_in grows like width^grows, the tensor's allocation like
     width^allocation (NaN where it is not known), and the logits at init like width^head."""
     ratios = {"fan_in": 2.0**grows} | dict.fromkeys({name for name in rule.ratios if name != "fan_in"}, 2.0)
@@ -206,7 +206,7 @@ def _rows_of_config(config: Config, lr: float) -> pd.DataFrame:
                 "effective_lr": lr * cells.lr,
                 "eps": cells.eps,
                 "weight_decay": cells.weight_decay,
-                "why": _why(
+                "why": why(
                     kind_of[name],
                     _in_width(config.parametrization[role.name]),
                     grows,
@@ -292,7 +292,7 @@ def _row_of_parameter(uses: list, in_base: nn.Parameter, fan_in: dict[str, Axes]
         "effective_lr": lr * rule.lr(ratios),
         "eps": rule.eps(ratios),
         "weight_decay": rule.weight_decay(ratios),
-        "why": _why(tensor_kind, rule, grows=float(size != base_size)),
+        "why": why(tensor_kind, rule, grows=float(size != base_size)),
     }
 
 

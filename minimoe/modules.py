@@ -7,8 +7,8 @@
     frame = check_module(build, (64, 128, 256), loss, batches, probe)
     print(exponents(frame))
 
-Every parameter has its allocation. Where the input of a weight is to be had without guessing, it has init and update too:
-`nn.Linear`, `nn.Embedding`, and a parameter that declares its role and is used as `x @ (self.w_multiplier * self.w)`.
+Every parameter has its allocation. A weight that is multiplied or looked up, a stack of experts too, has init and update: its
+inputs are seen from the operators of a forward pass (`traces`).
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from .allocations import Ledger, evaluating
 from .config import require
 from .coordinates import LOSS, SIZES, rms
-from .probe import OUTSIDE, effective, recorded_inputs
+from .probe import OUTSIDE, effective
 from .theory import KINDS, NONE, UNKNOWN, kind, law
+from .traces import Tracing, Use
 
+READOUT = " (readout)"  # behind the name of a weight that is an embedding too
 ROUTER = "router"  # a kind here, besides KINDS: an output weight whose outputs are the shares of a sum
 BETAS, EPS = (0.9, 0.95), 1e-15  # of AdamW where `build` gives parameter groups; eps out of the way, as the theory has it
 Built = tuple[nn.Module, "Optimizer | Iterable[dict]"]
@@ -40,7 +40,7 @@ Built = tuple[nn.Module, "Optimizer | Iterable[dict]"]
 class _Made(NamedTuple):
     """One parameter of a model as it was built."""
 
-    place: tuple[int, str]  # see _layer_of
+    place: tuple[int, str]  # see layer_of
     shape: tuple[int, ...]
     std: float  # of its entries at init
     multiplier: float
@@ -48,6 +48,7 @@ class _Made(NamedTuple):
     fan_in: int  # 1 where its layer is not known
     axes: tuple[int, ...] | None  # of its fan_in, if it declares a role
     kind: str
+    readout_factor: float = 1.0  # what a tied readout's input is multiplied by (see `adopt`)
 
 
 def check_module(
@@ -94,7 +95,7 @@ def check_module(
             torch.manual_seed(seed)
             module, optimizer = _built(build(size))
             if seed == seeds[0]:
-                made[size] = _made(module, optimizer, kinds or {})
+                made[size] = _made(module, optimizer, kinds or {}, uses(module, lambda: loss(module, probe)))
             run = _measured(module, optimizer, loss, list(fixed(seed) if callable(fixed) else fixed), probe)
             rows += [{"parametrization": name, axis: size, "seed": seed, **row} for row in run]
     return _labelled(pd.DataFrame(rows), made[min(sizes)], made[max(sizes)], max(sizes) / min(sizes), axis)
@@ -114,8 +115,8 @@ def _measured(module: nn.Module, optimizer: Optimizer, loss: Callable, batches: 
     require(len(batches) > 0, "batches", batches, "is empty: a check needs at least one step")
     ledger, nats, fall = Ledger(module, lambda: loss(module, probe), intervals=1), Counter(), 0.0
     initial = {name: param.detach().clone() for name, param in module.named_parameters()}
-    for name, use in uses(module, lambda: loss(module, probe)).items():
-        yield {"step": 0, "tensor": name, "quantity": "init", "value": rms(use(initial[name]))}
+    for name, own in uses(module, lambda: loss(module, probe)).items():
+        yield {"step": 0, "tensor": name, "quantity": "init", "value": rms(_outputs(own, initial[_weight(name)]))}
     for step, batch in enumerate(batches, 1):
         optimizer.zero_grad()
         loss(module, batch).backward()
@@ -124,8 +125,9 @@ def _measured(module: nn.Module, optimizer: Optimizer, loss: Callable, batches: 
         nats.update(entry.allocations)
         fall += entry.fall
         now = dict(module.named_parameters())
-        for name, use in uses(module, lambda: loss(module, probe)).items():
-            yield {"step": step, "tensor": name, "quantity": "update", "value": rms(use(now[name].detach() - initial[name]))}
+        for name, own in uses(module, lambda: loss(module, probe)).items():
+            moved = now[_weight(name)].detach() - initial[_weight(name)]
+            yield {"step": step, "tensor": name, "quantity": "update", "value": rms(_outputs(own, moved))}
         for name in entry.allocations:
             yield {"step": step, "tensor": name, "quantity": "allocation", "value": nats[name]}
         yield {"step": step, "tensor": LOSS, "quantity": "allocation", "value": math.fsum(nats.values())}
@@ -133,69 +135,48 @@ def _measured(module: nn.Module, optimizer: Optimizer, loss: Callable, batches: 
 
 
 @torch.no_grad()
-def uses(module: nn.Module, forward: Callable[[], object]) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Parameter's name -> a function: a tensor in its place -> the output that it makes of the inputs of `forward`.
+def uses(module: nn.Module, forward: Callable[[], object]) -> dict[str, list[Callable[[Tensor], Tensor]]]:
+    """Tensor's name -> functions: a tensor in its place -> what it makes of its input, one for each time that `forward` uses it.
 
-    For the weights of `nn.Linear` and `nn.Embedding`, and for parameters with a role that are used as `x @ (m * w)`; not for
-    a weight that is tied between the two, which has two kinds of output.
+    Of weights that are multiplied or looked up, also as stacks of experts. A weight that is both looked up and multiplied
+    (tied) has two entries, the second under its name with READOUT behind.
     """
-    names = {id(param): name for name, param in module.named_parameters()}
-    seen: dict[str, list[tuple[Callable, Tensor]]] = {}  # name -> (product, input) of each time that it was used
-    with evaluating(module), _inputs_of_layers(module, lambda weight, *use: seen.setdefault(names[id(weight)], []).append(use)):
-        recorded = recorded_inputs(module, forward)
-    found = {}
-    for name, uses_of_it in seen.items():
-        products, inputs = zip(*uses_of_it, strict=True)
-        if len(set(products)) == 1:
-            x = torch.cat(inputs)
-            found[name] = lambda weight, product=products[0], x=x: product(x, weight)
-    for name, x in recorded.items():
-        if module.get_parameter(name).ndim == 2:
-            multiplier = module.get_buffer(f"{name}_multiplier")
-            x = x.reshape(-1, x.shape[-1])
-            found[name] = lambda weight, x=x, multiplier=multiplier: x @ (multiplier * weight)
+    with evaluating(module), Tracing(module) as tracing:
+        forward()
+    found: dict[str, list] = {}
+    for name, uses_of_it in tracing.trace.uses.items():
+        tied = {"lookup", "product"} <= {use.how for use in uses_of_it}
+        for use in uses_of_it:
+            if use.output is not None and use.how != "elementwise":
+                found.setdefault(name + (READOUT if tied and use.how == "product" else ""), []).append(use)
     return found
 
 
-def _is_known(module: nn.Module) -> bool:
-    """Whether it is a layer whose product we know: a subclass with a forward pass of its own might do something else."""
-    return type(module).forward in (nn.Linear.forward, nn.Embedding.forward)
+def _weight(tensor: str) -> str:
+    """The name of the parameter behind a tensor's name."""
+    return tensor.removesuffix(READOUT)
 
 
-@contextmanager
-def _inputs_of_layers(module: nn.Module, see: Callable[[Tensor, Callable, Tensor], object]) -> Iterator[None]:
-    """Inside, `see` gets the weight, its product and the rows of its input, each time that a known layer runs."""
-
-    def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if isinstance(layer, nn.Embedding):
-            see(layer.weight, F.embedding, inputs[0].flatten())
-        else:
-            see(layer.weight, F.linear, inputs[0].reshape(-1, layer.in_features))
-
-    hooks = [layer.register_forward_pre_hook(hook) for layer in module.modules() if _is_known(layer)]
-    try:
-        yield
-    finally:
-        for handle in hooks:
-            handle.remove()
+def _outputs(own: list[Use], weight: Tensor) -> Tensor:
+    """What a tensor in the weight's place makes of all its inputs, in one row."""
+    return torch.cat([use.output(weight).flatten() for use in own])
 
 
-def _made(module: nn.Module, optimizer: Optimizer, given: Mapping[str, str]) -> dict[str, _Made]:
-    """Parameter's name -> how it was made, in the order of the module."""
+def _made(module: nn.Module, optimizer: Optimizer, given: Mapping[str, str], used: Mapping[str, list[Use]]) -> dict[str, _Made]:
+    """Tensor's name -> how it was made, in the order of the module; tied readouts last."""
     lrs = {id(param): group["lr"] for group in optimizer.param_groups for param in group["params"]}
     names = dict(module.named_parameters())
-    layers = {id(layer.weight): layer for layer in module.modules() if _is_known(layer)}
     for pattern, wanted in given.items():
         require(wanted in (*KINDS, ROUTER), f"kinds[{pattern!r}]", wanted, f"must be one of {', '.join((*KINDS, ROUTER))}")
         require(any(fnmatchcase(name, pattern) for name in names), "kinds", pattern, "no parameter has such a name")
     found = {}
     for name, param in names.items():
-        role, layer = getattr(param, "role", None), layers.get(id(param))
+        role = getattr(param, "role", None)
         kinds = [value for pattern, value in given.items() if fnmatchcase(name, pattern)]
-        fan_in = role.fan_in(param.shape) if role else layer.in_features if isinstance(layer, nn.Linear) else 1
+        fan_in = role.fan_in(param.shape) if role else max((use.terms for use in used.get(name, ())), default=1)
         multiplier = effective(module, name).detach().norm() / param.detach().norm() if role else torch.ones(())
         found[name] = _Made(
-            _layer_of(module, name),
+            layer_of(module, name),
             tuple(param.shape),
             param.detach().std(correction=0).item(),
             multiplier.item(),
@@ -203,7 +184,13 @@ def _made(module: nn.Module, optimizer: Optimizer, given: Mapping[str, str]) -> 
             fan_in,
             role.fan_in_axes if role else None,
             kinds[0] if kinds else (ROUTER if role and role.name == ROUTER else UNKNOWN),
+            getattr(param, "readout_factor", 1.0),
         )
+    for name, own in used.items():
+        if name not in found:  # the embedding, as a readout
+            tied = found[_weight(name)]
+            place = tied.place[0], name
+            found[name] = tied._replace(place=place, multiplier=tied.readout_factor, fan_in=own[0].terms, kind="output")
     return found
 
 
@@ -234,7 +221,7 @@ def _kind(made: _Made, small: _Made) -> str:
     return kind(made.shape, small.shape, [axis % len(made.shape) for axis in made.axes])
 
 
-def _layer_of(module: nn.Module, name: str) -> tuple[int, str]:
+def layer_of(module: nn.Module, name: str) -> tuple[int, str]:
     """(the place in a ModuleList, the name with * for it): blocks.3.moe.up -> 3, blocks.*.moe.up; outside of any, (-1, name)."""
     parts = name.split(".")
     for place, part in enumerate(parts[:-1]):
@@ -264,6 +251,8 @@ def _predicted(small: dict[str, _Made], large: dict[str, _Made], ratio: float) -
         if made.kind == UNKNOWN:
             continue
         signal = {"output": 0.0, "fixed": math.nan, ROUTER: behind + 0.5}.get(made.kind, behind)
+        if made.readout_factor != 1 and len(made.shape) == 1:  # the gain that holds the factor: it meets the gradient before it
+            signal -= log(made.readout_factor, small[name].readout_factor)
         entries = log(math.prod(made.shape), math.prod(small[name].shape))
         growth = law(**powers[name], outputs=entries - powers[name]["fan_in"], signal=signal)
         for quantity, power in growth._asdict().items():

@@ -124,13 +124,6 @@ class _Inputs(TorchFunctionMode):
         return out
 
 
-def recorded_inputs(model: nn.Module, forward: Callable[[], object]) -> dict[str, Tensor]:
-    """Parameter's name -> x, for each effective weight that `forward` uses as `x @ (multiplier * weight)`."""
-    with _Inputs(model) as recorded:
-        forward()
-    return recorded.inputs
-
-
 def _passed(model: MiniMoE, tokens: Tensor) -> tuple[dict[nn.Module, tuple], dict[str, Tensor]]:
     """(module -> (input, output) of each block and MoE, parameter's name -> what it is multiplied with) in a forward pass."""
     passed = {}
