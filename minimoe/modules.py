@@ -17,6 +17,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import NamedTuple
 
 import pandas as pd
@@ -95,7 +96,7 @@ def check_module(
             torch.manual_seed(seed)
             module, optimizer = _built(build(size))
             if seed == seeds[0]:
-                made[size] = _made(module, optimizer, kinds or {}, uses(module, lambda: loss(module, probe)))
+                made[size] = _made(module, optimizer, kinds or {}, uses(module, partial(loss, module, probe)))
             run = _measured(module, optimizer, loss, list(fixed(seed) if callable(fixed) else fixed), probe)
             rows += [{"parametrization": name, axis: size, "seed": seed, **row} for row in run]
     return _labelled(pd.DataFrame(rows), made[min(sizes)], made[max(sizes)], max(sizes) / min(sizes), axis)

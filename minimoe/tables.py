@@ -68,6 +68,11 @@ ROUTER_RULES: dict[str, Parametrization] = {
 }
 
 
+# What a library does that knows of no width: one init std and one LR for every matrix, at every size (transformers' own
+# models: `initializer_range`).
+AS_IT_IS = table("as it is", embedding=Rule(), unembedding=Rule(), hidden=Rule(), router=Rule())
+
+
 def parametrization(wanted: str | Parametrization) -> Parametrization:
     """The table that a name or a table stands for. Raises ValueError listing the known names, or on a borrowed name."""
     if isinstance(wanted, Parametrization):

@@ -35,7 +35,7 @@ PRODUCTS = {  # operator -> (positions of its two factors, the product alone, wh
 }
 LOOKUPS = {"aten::embedding", "aten::index_select", "aten::index", "aten::gather"}
 SELECTIONS = {"aten::topk", "aten::sort", "aten::argmax", "aten::argsort", "aten::max"}
-SCATTERS = {"aten::index_add", "aten::index_add_", "aten::index_put_", "aten::index_put", "aten::scatter_add", "aten::scatter_add_"}
+SCATTERS = {f"aten::{name}{inplace}" for name in ("index_add", "index_put", "scatter_add") for inplace in ("", "_")}
 COPIES = {"aten::_to_copy", "aten::clone", "aten::contiguous", "aten::mul", "aten::div", "aten::neg", "aten::index"}
 NORMS = {"aten::native_layer_norm", "aten::_fused_rms_norm", "aten::rms_norm"}
 UNSEEN = {"aten::detach", "aten::empty_like", "aten::zeros_like", "aten::alias"}  # nothing is computed from the values
@@ -72,7 +72,6 @@ class Origin:
         """Whether it is made of any parameter."""
         return bool(self.matrices or self.tables or self.mixed)
 
-
     def __str__(self) -> str:
         if self.mixed and not self.matrices:
             return "attention's scores"
@@ -103,6 +102,7 @@ class Trace:
     multiplied: set[str] = field(default_factory=set)  # what was looked up in them is a factor of such a product, as it is
     without_gradient: frozenset[str] = frozenset()  # used, but the output does not depend on them smoothly
     numbers: dict[float, str] = field(default_factory=dict)  # factors in the forward pass -> what is multiplied
+    gains: set[str] = field(default_factory=set)  # vectors that multiply an activation
     gained: dict[str, set[str]] = field(default_factory=dict)  # a norm's gain -> the parameters that its output meets
 
 
@@ -119,6 +119,7 @@ def traced(module: nn.Module, forward: Callable[[], Tensor]) -> Trace:
     found = torch.autograd.grad(slope, list(asked.values()), allow_unused=True) if slope.requires_grad else [None] * len(asked)
     trace.without_gradient = frozenset(name for name, grad in zip(asked, found, strict=True) if grad is None)
     trace.routers -= trace.without_gradient  # an indexer chooses too, and does not learn by it
+    trace.uses = {name: list({use._replace(output=None) for use in uses}) for name, uses in trace.uses.items()}
     return trace
 
 
@@ -184,18 +185,15 @@ class Tracing(TorchDispatchMode):
         other = right if at == first else left
         dim = -2 if at == second else -1  # the dimension of this factor that is summed over
         axes, terms = _axes(held, args[at], dim)
-        if alone is None:
-            call = lambda weight, args=args: func(*args[:at], weight, *args[at + 1 :])  # noqa: E731
-            if "out" in kwargs:
-                call = lambda weight, op=getattr(torch, name.split("::")[1]): op(  # noqa: E731
-                    *(weight if place == at else factor for place, factor in ((first, left), (second, right)))
-                )
-        else:
-            call = lambda weight: alone(*((left, weight) if at == second else (weight, right)))  # noqa: E731
         view = args[at]
-        output = lambda weight: call(_as_view(held.remade(weight), view))  # noqa: E731
-        ndim = len([size for size in view.shape if size > 1]) if view.ndim < 3 else view.ndim
-        self._note(held.name, Use("product", axes, terms, ndim, output))
+
+        def output(weight: Tensor) -> Tensor:
+            factor = _as_view(held.remade(weight), view)
+            if alone is None and "out" not in kwargs:
+                return func(*args[:at], factor, *args[at + 1 :])
+            return (alone or getattr(torch, name.split("::")[1]))(*((left, factor) if at == second else (factor, right)))
+
+        self._note(held.name, Use("product", axes, terms, view.ndim, output))
         origin = self.origin(other)
         before = self.trace.inputs.get(held.name)
         self.trace.inputs[held.name] = origin if before is None else before | origin
@@ -208,8 +206,10 @@ class Tracing(TorchDispatchMode):
     def _convolution(self, func: Callable, args: tuple) -> Origin:
         weight, groups = self.holding(args[1]), args[-1]
         axes = tuple(range(1, args[1].ndim)) if not args[6] else (0, *range(2, args[1].ndim))  # args[6]: transposed
-        alone = (args[0], None, *args[3:])
-        output = lambda w: func(alone[0], _as_view(weight.remade(w), args[1]), None, *alone[2:])  # noqa: E731
+
+        def output(tensor: Tensor) -> Tensor:
+            return func(args[0], _as_view(weight.remade(tensor), args[1]), None, *args[3:])
+
         terms = math.prod(args[1].shape[axis] for axis in axes) // (groups if args[6] else 1)
         self._note(weight.name, Use("convolution", axes, terms, args[1].ndim, output))
         if bias := self.holding(args[2]):
@@ -219,7 +219,10 @@ class Tracing(TorchDispatchMode):
 
     def _lookup(self, func: Callable, args: tuple, kwargs: dict) -> Origin:
         table, view = self.holding(args[0]), args[0]
-        output = lambda weight: func(_as_view(table.remade(weight), view), *args[1:], **kwargs)  # noqa: E731
+
+        def output(weight: Tensor) -> Tensor:
+            return func(_as_view(table.remade(weight), view), *args[1:], **kwargs)
+
         by_choice = any(self.origin(index).chosen for index in tree_flatten(args[1:])[0])
         how = "elementwise" if view.ndim == 1 or by_choice else "lookup"
         self._note(table.name, Use(how, (), 1, view.ndim - 1, output))
@@ -249,9 +252,10 @@ class Tracing(TorchDispatchMode):
             for axis in reversed(axes):
                 strides[axis], sizes[axis] = stride, made.shape[dim] if gathers and dim == 0 else held.sizes[axis]
                 stride *= held.sizes[axis]
-        remade = lambda weight: func(  # noqa: E731
-            *args[:place], _as_view(held.remade(weight), source), *args[place + 1 :], **kwargs
-        )
+
+        def remade(weight: Tensor) -> Tensor:
+            return func(*args[:place], _as_view(held.remade(weight), source), *args[place + 1 :], **kwargs)
+
         return _Held(held.name, strides, sizes, remade)
 
     def _elementwise(self, name: str, args: tuple, kwargs: dict, tensors: list[Tensor]) -> Origin:
@@ -278,6 +282,7 @@ class Tracing(TorchDispatchMode):
         if name in SCATTERS:
             return Origin(made.matrices, made.tables)
         if vectors and (name in NORMS or name == "aten::mul"):
+            self.trace.gains.add(vectors[0])  # of a norm in one operator, the second is the bias
             return Origin(made.matrices, made.tables, tuple(vectors), made.mixed, made.gathered)
         if name in ("aten::_to_copy", "aten::clone", "aten::index", "aten::slice") and len(origins) >= 1:
             return Origin(made.matrices, made.tables, origins[0].gains, made.mixed, made.gathered, made.chosen)
@@ -290,7 +295,7 @@ class Tracing(TorchDispatchMode):
 def _factor(name: str, args: tuple, kwargs: dict) -> float | None:
     """The number that this operator multiplies an activation by: one that a model may compute from its width."""
     if "scaled_dot_product" in name:
-        return kwargs.get("scale")
+        return kwargs.get("scale") or args[0].shape[-1] ** -0.5  # its default
     factor = args[1] if name in ("aten::mul", "aten::mul_", "aten::div", "aten::div_") else None
     if isinstance(factor, Tensor) and factor.numel() == 1 and factor.dtype.is_floating_point:
         factor = factor.item()
