@@ -1,8 +1,8 @@
 """Widgets that choose rows and show figures: controls -> observe -> Figure -> PNG. None trains in a slider's callback.
 
 The controls are a widget; the picture and the words below it are ordinary outputs of the cell, which the controls change. So a
-saved notebook holds the picture that was last drawn, and shows it again where no kernel runs. A test sets `.value` of the
-controls and reads `.figure`, `.text` and `.image` without a browser.
+saved notebook holds the picture that was last drawn, and shows it again where no kernel runs; where the controls were it asks
+to run the cell. A test sets `.value` of the controls and reads `.figure`, `.text` and `.image` without a browser.
 """
 
 from __future__ import annotations
@@ -20,12 +20,20 @@ from matplotlib.figure import Figure
 
 DPI = 90
 SPACED = {"flex_flow": "row wrap", "grid_gap": "4px 18px"}  # of a row of controls
+TO_DO = "run this cell to use its controls"
+# JupyterLab saves no controls, only that there were some: reopened, their place says "Error displaying widget: model not found".
+# That place, and never one of live controls, has both classes. An output that Lab does not trust has no place for controls.
+TO_DO_FOR_ERROR = f"""<style>
+.jp-OutputArea-output.jupyter-widgets {{ visibility: hidden; font-size: 0; }}
+.jp-OutputArea-output.jupyter-widgets::after {{ visibility: visible; font-size: 13px; content: "{TO_DO}"; }}
+</style>
+"""
 
 
 class LiveOutput:
     """An ordinary output of a cell that can change: a saved notebook holds what it last showed.
 
-    kind: its MIME type. words: what stands for it as plain text.
+    kind: its MIME type, "image/png" or "text/html". words: what stands for it as plain text.
     """
 
     def __init__(self, kind: str, words: str):
@@ -46,7 +54,7 @@ class LiveOutput:
         self._handles.append(display(self._bundle(), raw=True, display_id=True))
 
     def _bundle(self) -> dict[str, str]:
-        shown = base64.b64encode(self._value).decode() if isinstance(self._value, bytes) else self._value
+        shown = base64.b64encode(self._value).decode() if isinstance(self._value, bytes) else TO_DO_FOR_ERROR + self._value
         return {self.kind: shown, "text/plain": self.words}
 
 
@@ -81,12 +89,15 @@ class Explorer(widgets.VBox):
         """HTML below the picture: the numbers, for eyes and screen readers alike."""
         raise NotImplementedError
 
-    def _ipython_display_(self, **kwargs) -> None:
-        """The controls, then the picture, then the words: three outputs."""
-        controls = super()._repr_mimebundle_(**kwargs)
-        display({**controls, "text/plain": f"{type(self).__name__}: run this cell to use its controls"}, raw=True)
-        self.image.show()
-        self.text.show()
+    def _ipython_display_(self) -> None:
+        show(self, self.image, self.text)
+
+
+def show(controls: widgets.Widget, *outputs: LiveOutput) -> None:
+    """Display the controls and, below them, the outputs: each is an output of the running cell."""
+    display({**controls._repr_mimebundle_(), "text/plain": f"{type(controls).__name__}: {TO_DO}"}, raw=True)
+    for output in outputs:
+        output.show()
 
 
 def _png(figure: Figure) -> bytes:

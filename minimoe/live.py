@@ -10,7 +10,7 @@ import ipywidgets as widgets
 import pandas as pd
 
 from .corpus import Corpus, load_corpus
-from .explorer import SPACED, labelled
+from .explorer import SPACED, LiveOutput, labelled, show
 from .explorers import LRExplorer
 from .parametrization import Parametrization
 from .sweeps import sweep
@@ -20,7 +20,7 @@ LARGEST_LIVE = 128  # width that a laptop trains in seconds
 
 
 class LiveSweep(widgets.VBox):
-    """A button that trains a small sweep now, a bar, a button that stops it; its curves join an `LRExplorer`.
+    """A button that trains a small sweep now, a bar, a button that stops it, a status; its curves join an `LRExplorer`.
 
     Runs are trained one after the other in a thread, so that the kernel stays free and a stop is heard after at most one
     run. `wait` returns when it is done.
@@ -40,11 +40,12 @@ class LiveSweep(widgets.VBox):
         self.start = widgets.Button(description="Train now", tooltip="trains six learning rates", button_style="primary")
         self.stop = widgets.Button(description="Stop", tooltip="after the run that is going on", disabled=True)
         self.bar = labelled(widgets.IntProgress, "runs", "trained so far", "300px", min=0, max=6, value=0)
-        self.status = widgets.HTML("ready")
+        self.status = LiveOutput("text/html", "LiveSweep: its status")
+        self.status.value = "ready"
         self.start.on_click(self._started)
         self.stop.on_click(lambda _button: self._stop.set())
         choices = widgets.HBox([self.table, self.width, self.steps], layout=SPACED)
-        super().__init__([choices, widgets.HBox([self.start, self.stop, self.bar], layout=SPACED), self.status])
+        super().__init__([choices, widgets.HBox([self.start, self.stop, self.bar], layout=SPACED)])
 
     def _started(self, _button) -> None:
         self._stop.clear()
@@ -73,8 +74,8 @@ class LiveSweep(widgets.VBox):
         finally:
             self.start.disabled, self.stop.disabled = False, True
 
-    def _repr_mimebundle_(self, **kwargs) -> dict:
-        return {**super()._repr_mimebundle_(**kwargs), "text/plain": "LiveSweep: run this cell to use it"}
+    def _ipython_display_(self) -> None:
+        show(self, self.status)
 
     def wait(self, timeout: float | None = None) -> None:
         """Until the sweep that was started has ended. Raises TimeoutError."""
@@ -85,7 +86,7 @@ class LiveSweep(widgets.VBox):
 
 
 def _found(rows: list[pd.DataFrame]) -> str:
-    """What the runs so far say, beside the button, as the picture may be out of sight."""
+    """What the runs so far say, below the button, as the picture may be out of sight."""
     if not rows:
         return ""
     losses = {math.log2(row.lr.iloc[0]): row.val_loss.iloc[0] for row in rows}

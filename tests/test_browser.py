@@ -17,10 +17,13 @@ from pathlib import Path
 
 import pytest
 
+from minimoe.explorer import TO_DO
+
 ROOT = Path(__file__).parent.parent
 CHROMIUM = os.environ.get("MINIMOE_CHROMIUM") or shutil.which("chromium")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 NOTEBOOK = "04_lr_transfer.ipynb"
+ERROR = re.compile("model not found|Error displaying widget")
 # The indicator on the page says "idle" before there is a kernel, and who runs cells then is asked to select one.
 KERNEL_CONNECTED = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.connectionStatus === 'connected'"
 
@@ -31,7 +34,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """The address of a JupyterLab that serves copies of notebook 04 and the shipped sweeps."""
+    """The folder of a JupyterLab that serves copies of notebook 04 and the shipped sweeps, and the notebook's address."""
     folder = tmp_path_factory.mktemp("course")
     shutil.copytree(ROOT / "data", folder / "data")
     (folder / "notebooks").mkdir()
@@ -55,7 +58,7 @@ def lab(tmp_path_factory):
     address = f"http://127.0.0.1:{port}"
     try:
         wait_for(f"{address}/api?token=test", server, folder / "lab.log")
-        yield f"{address}/doc/tree/notebooks/{NOTEBOOK}?reset&token=test"
+        yield folder, f"{address}/doc/tree/notebooks/{NOTEBOOK}?reset&token=test"
     finally:
         server.terminate()
         server.wait(30)
@@ -82,15 +85,29 @@ def page(lab):
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_page(viewport={"width": 1280, "height": 800})
         page.set_default_timeout(120_000)
-        page.goto(lab)
-        page.wait_for_function(KERNEL_CONNECTED)
+        open_notebook(page, lab)
         yield page
         browser.close()
+
+
+def open_notebook(page, lab):
+    """Open it with a new kernel."""
+    address, token = lab[1].split("/doc/")[0], {"Authorization": "token test"}
+    for session in json.load(urllib.request.urlopen(urllib.request.Request(f"{address}/api/sessions", headers=token))):
+        gone = urllib.request.Request(f"{address}/api/sessions/{session['id']}", headers=token, method="DELETE")
+        urllib.request.urlopen(gone)
+    page.goto(lab[1])
+    page.wait_for_function(KERNEL_CONNECTED)
 
 
 def explorer_cell(page):
     """The cell of the LR explorer: its controls are a widget, its picture and its regrets are ordinary outputs."""
     return page.locator(".jp-CodeCell").filter(has_text="explorer = LRExplorer(frame)")
+
+
+def live_cell(page):
+    """The cell of the live sweep: its controls are a widget, its status is an ordinary output."""
+    return page.locator(".jp-CodeCell").filter(has_text="live = LiveSweep(explorer)")
 
 
 def screenshot(page, name):
@@ -127,22 +144,48 @@ def test_slider_and_live_sweep(page):
     screenshot(page, "dashed.png")
 
 
+def reopened_cells(page):
+    """The two cells of controls: each is scrolled to, and shows what it said last."""
+    for cell, words in ((live_cell(page), "done: 6 of 6 runs"), (explorer_cell(page), "Dashed: 6 live rows")):
+        cell.scroll_into_view_if_needed()
+        cell.get_by_text(words).wait_for()
+        yield cell
+
+
+def assert_shown(page, picture):
+    image = explorer_cell(page).locator(".jp-RenderedImage img")
+    image.wait_for()
+    assert image.get_attribute("src").strip() == picture.strip()
+    assert image.bounding_box()["height"] > 200
+
+
 def test_a_saved_notebook_reopens_with_its_last_picture(page, lab):
     """After the test above: saved as it is, its kernel gone, opened again."""
     picture = explorer_cell(page).locator(".jp-RenderedImage img").get_attribute("src")
     page.keyboard.press("Control+s")
     page.wait_for_function("!window.jupyterapp.shell.currentWidget.context.model.dirty")
-    address, token = lab.split("/doc/")[0], {"Authorization": "token test"}
-    for session in json.load(urllib.request.urlopen(urllib.request.Request(f"{address}/api/sessions", headers=token))):
-        gone = urllib.request.Request(f"{address}/api/sessions/{session['id']}", headers=token, method="DELETE")
-        urllib.request.urlopen(gone)
-    page.goto(lab)
-    page.wait_for_function(KERNEL_CONNECTED)
-    cell = explorer_cell(page)
-    cell.scroll_into_view_if_needed()
-    image = cell.locator(".jp-RenderedImage img")
-    image.wait_for()
+    open_notebook(page, lab)
+    for cell in reopened_cells(page):
+        place = cell.locator(".jp-OutputArea-output", has_text=ERROR)
+        place.wait_for(state="attached")  # Lab's line is there, and is not seen
+        assert not ERROR.search(cell.inner_text())
+        instead = place.evaluate_handle("place => getComputedStyle(place, '::after')")
+        assert instead.evaluate("style => [style.content, style.visibility]") == [f'"{TO_DO}"', "visible"]
     screenshot(page, "reopened.png")
-    assert image.get_attribute("src").strip() == picture.strip()
-    assert image.bounding_box()["height"] > 200
-    assert "Dashed: 6 live rows" in cell.inner_text()
+    assert_shown(page, picture)
+
+
+def test_a_notebook_that_someone_else_saved_reopens_with_its_last_picture(page, lab):
+    """After the test above: changed outside JupyterLab, which therefore does not trust its outputs."""
+    picture = explorer_cell(page).locator(".jp-RenderedImage img").get_attribute("src")
+    path = lab[0] / "notebooks" / NOTEBOOK
+    saved = json.loads(path.read_text())
+    saved["cells"][0]["source"] = "By someone else"
+    path.write_text(json.dumps(saved))
+    open_notebook(page, lab)
+    page.get_by_role("paragraph").filter(has_text="By someone else").wait_for()
+    for cell in reopened_cells(page):
+        cell.get_by_text(TO_DO).wait_for()
+        assert not ERROR.search(cell.text_content())
+    screenshot(page, "untrusted.png")
+    assert_shown(page, picture)

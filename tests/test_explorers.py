@@ -283,7 +283,7 @@ def test_displayed_are_the_controls_and_below_them_outputs_that_follow(checked, 
     after = picture.bundle["image/png"], words.bundle["text/html"]
     assert base64.b64decode(after[0]) == explorer.image.value
     assert after[0] != before[0]
-    assert after[1] == explorer.text.value != before[1]
+    assert before[1] != after[1] == explorer_module.TO_DO_FOR_ERROR + explorer.text.value
     explorer._ipython_display_()  # a second time: both pictures follow
     explorer.tensor.value = "down"
     assert (
@@ -291,6 +291,17 @@ def test_displayed_are_the_controls_and_below_them_outputs_that_follow(checked, 
         == shown[4].bundle
         == {"image/png": base64.b64encode(explorer.image.value).decode()} | {"text/plain": explorer.image.words}
     )
+
+
+def test_a_live_sweep_has_its_controls_and_below_them_its_status(swept, corpus, monkeypatch):
+    shown = []
+    monkeypatch.setattr(explorer_module, "display", lambda bundle, **_how: shown.append(Handle(bundle)) or shown[-1])
+    live = LiveSweep(LRExplorer(swept), corpus)
+    live._ipython_display_()
+    controls, status = shown
+    assert controls.bundle["text/plain"] == "LiveSweep: run this cell to use its controls"
+    live.status.value = "stopped"
+    assert status.bundle["text/html"].endswith("</style>\nstopped")
 
 
 def test_the_picture_keeps_its_size_and_its_axes(swept):
