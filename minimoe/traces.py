@@ -37,8 +37,10 @@ LOOKUPS = {"aten::embedding", "aten::index_select", "aten::index", "aten::gather
 SELECTIONS = {"aten::topk", "aten::sort", "aten::argmax", "aten::argsort", "aten::max"}
 SCATTERS = {f"aten::{name}{inplace}" for name in ("index_add", "index_put", "scatter_add") for inplace in ("", "_")}
 COPIES = {"aten::_to_copy", "aten::clone", "aten::contiguous", "aten::mul", "aten::div", "aten::neg", "aten::index"}
+ROWS = {"aten::_to_copy", "aten::clone", "aten::index", "aten::slice"}  # the same values, or some rows of them
 NORMS = {"aten::native_layer_norm", "aten::_fused_rms_norm", "aten::rms_norm"}
-UNSEEN = {"aten::detach", "aten::empty_like", "aten::zeros_like", "aten::alias"}  # nothing is computed from the values
+UNSEEN = {f"aten::{what}" for what in ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like")}
+UNSEEN |= {f"aten::new_{what}" for what in ("empty", "zeros", "ones", "full", "empty_strided")}  # nothing comes of the values
 
 
 class Use(NamedTuple):
@@ -161,6 +163,8 @@ class Tracing(TorchDispatchMode):
         elif name in COPIES and (copied := self._copied(func, args, kwargs, outs)):
             self.held[_storage(outs[0])] = copied
             return out
+        elif name in UNSEEN:
+            made = NOTHING
         else:
             made = self._elementwise(name, args, kwargs, tensors)
         for part in outs:
@@ -259,16 +263,14 @@ class Tracing(TorchDispatchMode):
         return _Held(held.name, strides, sizes, remade)
 
     def _elementwise(self, name: str, args: tuple, kwargs: dict, tensors: list[Tensor]) -> Origin:
-        origins = [self.origin(part) for part in tensors]
-        made = NOTHING
-        for origin in origins:
-            made = made | origin
-        vectors = [held.name for part in tensors if (held := self.holding(part))]
-        if vectors and name not in UNSEEN:
-            for part in tensors:
-                if held := self.holding(part):
-                    how = "elementwise" if name.startswith(("aten::", "prims::")) else f"the operator {name}"
-                    self._note(held.name, Use(how, ndim=part.ndim - part.shape.count(1) if part.ndim > 1 else part.ndim))
+        """What any other operator makes of its arguments, and what that says of the parameters among them."""
+        made, vectors = NOTHING, []
+        for part in tensors:
+            made = made | self.origin(part)
+            if held := self.holding(part):
+                how = "elementwise" if name.startswith(("aten::", "prims::")) else f"the operator {name}"
+                self._note(held.name, Use(how, ndim=sum(size > 1 for size in part.shape)))
+                vectors.append(held.name)
         if name in SELECTIONS:
             self.trace.routers |= made.matrices
             return Origin(made.matrices, chosen=True)
@@ -280,12 +282,12 @@ class Tracing(TorchDispatchMode):
         if name in LOOKUPS and made.chosen:
             return Origin(made.matrices, made.tables, gathered=True)
         if name in SCATTERS:
-            return Origin(made.matrices, made.tables)
+            return replace(made, gathered=False)
         if vectors and (name in NORMS or name == "aten::mul"):
-            self.trace.gains.add(vectors[0])  # of a norm in one operator, the second is the bias
-            return Origin(made.matrices, made.tables, tuple(vectors), made.mixed, made.gathered)
-        if name in ("aten::_to_copy", "aten::clone", "aten::index", "aten::slice") and len(origins) >= 1:
-            return Origin(made.matrices, made.tables, origins[0].gains, made.mixed, made.gathered, made.chosen)
+            self.trace.gains.add(vectors[0])  # of a norm that is one operator, the second is the bias
+            return replace(made, gains=tuple(vectors))
+        if name in ROWS and tensors:
+            return replace(made, gains=self.origin(tensors[0]).gains)
         return made
 
     def _note(self, name: str, use: Use) -> None:
