@@ -11,14 +11,20 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+from transformers import MixtralConfig, OlmoeConfig
 
 from minimoe import (
+    AS_IT_IS,
     PARAMETRIZATIONS,
     Config,
+    Plan,
     TrainOptions,
+    adopt,
+    adopted_sweep,
     coordinate_check,
     exponents,
     fan_in,
+    growing,
     mutations,
     read_sweep,
     suspects,
@@ -152,6 +158,26 @@ def balance() -> None:
     expert_count_runs(AT_64_EXPERTS, EXPERT_HALVES, SEEDS, experts=(64,), name="balance")
 
 
+def tiny(name: str) -> Plan:
+    """transformers' Mixtral or OLMoE in a tiny size, as the library initialises it, adopted; its base width is 64."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 64, "vocab_size": 96}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2}
+    no_tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    kinds = {"mixtral": (MixtralConfig, {"num_local_experts": 8}), "olmoe": (OlmoeConfig, {"num_experts": 8})}
+    made, experts = kinds[name]
+    config = made(**sizes, **heads, **no_tokens, **experts, tie_word_embeddings=False)
+    return adopt(growing(config, "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"), 128, 64)
+
+
+def adopted() -> None:
+    """Mixtral and OLMoE as they are and under muP, widths 64 to 256, twice as long as `transfer` in half the batch."""
+    options = TrainOptions(batch_size=8, evals=10)
+    for name in ("mixtral", "olmoe"):
+        store = SWEEPS / f"adopted_{name}.jsonl"
+        lrs = [2.0**octave for octave in range(-11, -5)]
+        adopted_sweep(tiny(name), (64, 128, 256), (AS_IT_IS, "mup"), lrs, SEEDS, 400, options=options, store=store, n_jobs=2)
+
+
 def coordinates() -> None:
     """The default coordinate check of the three tables and the mended SimpleP, as a frame."""
     path = SWEEPS.parent / "coordinates.csv"
@@ -220,7 +246,7 @@ def costs(store: Path) -> str:
 
 
 SWEPT = (transfer, router_rules, expert_count, balance, granularity, router_cells)
-MADE = {made.__name__: made for made in (coordinates, mutants, *SWEPT, learning)}
+MADE = {made.__name__: made for made in (coordinates, mutants, *SWEPT, learning, adopted)}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or MADE:

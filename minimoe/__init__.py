@@ -8,9 +8,12 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOMES = {
+    "adoption": ("Plan", "adopt"),
+    "adopted_sweeps": ("adopted_sweep", "read_adopted"),
     "allocation_figures": ("allocation_map", "learning_shares", "promise_and_fall"),
     "allocations": ("Ledger", "allocation"),
     "arms": ("ARMS", "EXPERT_ARMS", "labelled"),
+    "causal": ("growing",),
     "config": ("Config",),
     "coordinate_figures": ("coordinate_curves", "exponents_chart", "router_rules", "tensor_curves"),
     "coordinates": ("coordinate_check",),
@@ -49,9 +52,10 @@ _HOMES = {
         "width",
     ),
     "roles": ("initialise", "param_groups", "parameter"),
+    "roles_by_use": ("Refused",),
     "step": ("TrainOptions",),
     "sweeps": ("read_sweep", "sweep"),
-    "tables": ("PARAMETRIZATIONS", "ROUTER_RULES", "shift"),
+    "tables": ("AS_IT_IS", "PARAMETRIZATIONS", "ROUTER_RULES", "shift"),
     "theory": ("predicted_exponents", "predictions"),
     "training": ("Run", "train"),
     "transfer": ("drift_words", "losses_at", "regrets", "summary", "transfer_report"),

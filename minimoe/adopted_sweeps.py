@@ -1,4 +1,4 @@
-"""Learning-rate sweeps of a model that was adopted (`adopt`): the same text, batches and schedule as `sweep`'s own runs.
+"""Learning-rate sweeps of a model that was adopted (`adoption`): the same text, batches and schedule as `sweep`'s own runs.
 
 frame = adopted_sweep(plan, widths=(64, 128, 256), tables=("as it is", "mup"), lrs=LRS, store="runs/mixtral.jsonl")
 transfer_report(frame)
@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from .adopt import Plan, logits, next_token_loss
+from .adoption import Plan, logits, next_token_loss
 from .config import require, whole
 from .corpus import Corpus, load_corpus
 from .parametrization import Parametrization, require_distinct_names
