@@ -24,9 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 aten = torch.ops.aten
-PRODUCTS = {  # operator -> (positions of its two factors, the product alone, where it also adds something)
-    "aten::mm": (0, 1, None),
-    "aten::bmm": (0, 1, None),
+PRODUCTS = {  # operator -> (the positions of its two factors, the product alone; None: the operator itself)
+    "aten::mm": (0, 1, torch.mm),
+    "aten::bmm": (0, 1, torch.bmm),
     "aten::addmm": (1, 2, torch.mm),
     "aten::baddbmm": (1, 2, torch.bmm),
     "aten::_grouped_mm": (0, 1, None),
@@ -173,29 +173,26 @@ class Tracing(TorchDispatchMode):
         return out
 
     def _product(self, name: str, func: Callable, args: tuple, kwargs: dict) -> Origin:
-        first, second, alone = PRODUCTS[name]
-        left, right = args[first], args[second]
+        first, second, product = PRODUCTS[name]
         holds = [(at, held) for at in (first, second) if (held := self.holding(args[at]))]
         if len(holds) == 2:
             for _, held in holds:
                 self._note(held.name, Use("a product of two parameters"))
             return NOTHING
         if not holds:
-            for origin in (self.origin(left), self.origin(right)):
+            for origin in (self.origin(args[first]), self.origin(args[second])):
                 self.trace.mixing |= origin.matrices
                 self.trace.multiplied |= origin.tables if not origin.matrices else set()
             return Origin(mixed=True)
         ((at, held),) = holds
-        other = right if at == first else left
-        dim = -2 if at == second else -1  # the dimension of this factor that is summed over
-        axes, terms = _axes(held, args[at], dim)
-        view = args[at]
+        view, other = args[at], args[first if at == second else second]
+        axes, terms = _axes(held, view, dim=-2 if at == second else -1)
+        kept = other.detach().clone()  # the model may write over it
 
         def output(weight: Tensor) -> Tensor:
             factor = _as_view(held.remade(weight), view)
-            if alone is None and "out" not in kwargs:
-                return func(*args[:at], factor, *args[at + 1 :])
-            return (alone or getattr(torch, name.split("::")[1]))(*((left, factor) if at == second else (factor, right)))
+            pair = (kept, factor) if at == second else (factor, kept)
+            return product(*pair) if product else func(*pair, *args[2:], **kwargs)
 
         self._note(held.name, Use("product", axes, terms, view.ndim, output))
         origin = self.origin(other)
@@ -211,8 +208,10 @@ class Tracing(TorchDispatchMode):
         weight, groups = self.holding(args[1]), args[-1]
         axes = tuple(range(1, args[1].ndim)) if not args[6] else (0, *range(2, args[1].ndim))  # args[6]: transposed
 
+        kept = args[0].detach().clone()
+
         def output(tensor: Tensor) -> Tensor:
-            return func(args[0], _as_view(weight.remade(tensor), args[1]), None, *args[3:])
+            return func(kept, _as_view(weight.remade(tensor), args[1]), None, *args[3:])
 
         terms = math.prod(args[1].shape[axis] for axis in axes) // (groups if args[6] else 1)
         self._note(weight.name, Use("convolution", axes, terms, args[1].ndim, output))
