@@ -185,8 +185,8 @@ class Plan:
         for name in (self.tied.name, *self.readout_norm) if self.tied else ():
             model.get_parameter(name).readout_factor = factor  # what check_module wants to know
         if factor != 1 and not self.readout_norm:
-            readout = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-            if readout is None:
+            find = getattr(model, "get_output_embeddings", None)
+            if find is None or (readout := find()) is None:
                 raise Refused([f"{self.tied.name} is tied, and its readout is no module and has no gain before it: untie it"])
             readout.register_forward_pre_hook(lambda module, inputs: (inputs[0] * factor, *inputs[1:]))
         return model

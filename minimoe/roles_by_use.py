@@ -99,7 +99,8 @@ def adopted(
         try:
             role = role or roles.role(name, len(shapes[0]))
             axes, terms = _sum(role, axes, shapes, *(trace.uses.get(name, []) for trace in traces))
-            found.append(Adopted(name, role, kind_of(*shapes, axes), *shapes, axes, terms))
+            kind = kind_of(*shapes, axes) if role not in VECTORS else "fixed" if shapes[0] == shapes[1] else "input"
+            found.append(Adopted(name, role, kind, *shapes, axes, terms))
         except ValueError as error:
             problems.append(f"{name} {shapes[0]}: {error}")
     stacks = {own.name for own in found if own.role.startswith("experts") and len(own.shape) > 2} - set(roles.trace.mixing)
@@ -141,7 +142,7 @@ class _Roles:
         self.ndim = {name: param.ndim for name, param in module.named_parameters()}
         self.experts = {name for name, uses in trace.uses.items() if self._is_expert(name, uses)}
         shared_paths = ([_common(name, router) for router in trace.routers] for name in self.experts)
-        self.blocks = {max(paths, key=len) for paths in shared_paths if paths}  # the modules that hold experts and their router
+        self.blocks = {max(paths, key=len, default="") for paths in shared_paths} - {""}  # modules of experts and their router
 
     def _is_expert(self, name: str, uses: list[Use]) -> bool:
         multiplied = any(use.how == "product" for use in uses)
