@@ -153,7 +153,7 @@ def test_published_models_under_standard_init_and_lr(make, text):
     assert 0.5 < slopes["model.layers.*.mlp.gate.weight"] < 1.6
     updates = table[(table.quantity == "update") & table.predicted.notna()]
     assert updates.agrees.all()
-    assert len(updates) == 1 + 2 * 4 + 1  # the experts and the router are no nn.Linear
+    assert len(updates) == 1 + 2 * 7 + 1  # the experts and the router too, which are no nn.Linear
     condemned = set(suspects(table).role)
     assert {"model.layers.*.mlp.experts.down_proj", "lm_head.weight", "model.layers.*.self_attn.v_proj.weight"} <= condemned
 
@@ -270,20 +270,25 @@ def test_an_eps_in_the_way_has_its_verdict_withheld(text):
     assert "lower Adam's eps" in diagnosis(table)["module"]
 
 
-def test_a_layer_with_a_forward_pass_of_its_own_is_not_guessed(text):
+def test_a_layer_with_a_forward_pass_of_its_own_is_read_off_its_operators(text):
     _, probe, vocab = text
 
     class Doubled(nn.Linear):
         def forward(self, x):
             return 2 * super().forward(x)
 
-    model = MLP(vocab, 32)
+    model, inputs = MLP(vocab, 32), []
     model.first = Doubled(32, 32)
-    assert set(uses(model, lambda: cross_entropy(model, probe))) == {"embedding.weight", "second.weight", "unembedding.weight"}
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    model.first.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    found = uses(model, lambda: cross_entropy(model, probe))
+    assert set(found) == {"embedding.weight", "first.weight", "second.weight", "unembedding.weight"}
+    (use,), weight = found["first.weight"], torch.randn(32, 32)
+    torch.testing.assert_close(
+        use.output(weight), (inputs[0] @ weight.T).flatten(0, 1)
+    )  # of the weight; what follows is not its own
 
 
-def test_a_tied_weight_has_one_allocation_and_no_output_of_its_own(text):
+def test_a_tied_weight_has_one_allocation_and_two_outputs(text):
     _, probe, vocab = text
     batches = iter(text[0](0))  # a generator serves all sizes
 
@@ -293,8 +298,9 @@ def test_a_tied_weight_has_one_allocation_and_no_output_of_its_own(text):
         return model, [{"params": model.parameters(), "lr": LR}]
 
     frame = check_module(build, (32, 64), cross_entropy, batches, probe, seeds=(0,))
-    assert set(frame[frame.quantity == "allocation"].tensor) == {"embedding.weight", "first.weight", "second.weight", "loss"}
-    assert set(frame[frame.quantity == "update"].tensor) == {"first.weight", "second.weight"}
+    tied, hidden = "embedding.weight", {"first.weight", "second.weight"}
+    assert set(frame[frame.quantity == "allocation"].tensor) == {tied, *hidden, "loss"}
+    assert set(frame[frame.quantity == "update"].tensor) == {tied, f"{tied} (readout)", *hidden}
     assert set(frame[frame.width == 64].step) == {0, 1, 2, 3}
 
 
