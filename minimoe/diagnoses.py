@@ -22,10 +22,12 @@ def suspects(table: pd.DataFrame) -> pd.DataFrame:
     updates as they should be. Where a tensor has no update of its own in the table, its allocation stands in for it, less
     what the head explains. Over the depth, an allocation that grows blames its LR.
 
-    `power`: of the size, by which the cell is too large; the largest comes first, and what stands below it may be its
-    consequence. Where several cells could be at fault the smallest repair is named. A run that diverged names none.
+    `power`: of the size, by which the cell is too large. The largest comes first (to half a power; of equal ones the first in
+    the forward pass), and what stands below it may be its consequence. What is known by its allocation alone (a gain, a bias)
+    comes after the weights whose own outputs are wrong: the allocation follows them too. Where several cells could be at fault
+    the smallest repair is named. A run that diverged names none.
     """
-    rows = []
+    rows, seen = [], table[table.quantity == "update"].groupby("parametrization").role.agg(set)
     for name, group in table.groupby("parametrization", sort=False):
         faults: dict[str, list] = {}
         for role, *fault in _faults(group):
@@ -33,7 +35,12 @@ def suspects(table: pd.DataFrame) -> pd.DataFrame:
         for role, found in faults.items():
             cell, power, because = found[0]  # of the first in the forward pass: what follows may be its consequence
             rows.append({"parametrization": name, "role": role, "cell": cell, "power": power, "because": because})
-    rows.sort(key=lambda row: -abs(row["power"]))
+
+    def order(row: dict) -> tuple[bool, int]:
+        known = row["role"] in seen.get(row["parametrization"], ())
+        return not known, -round(2 * abs(row["power"]))  # wrong by the same root of the size: first in the forward pass first
+
+    rows.sort(key=order)
     return pd.DataFrame(rows, columns=["parametrization", "role", "cell", "power", "because"])
 
 

@@ -54,6 +54,7 @@ MUP_INIT = {"output": -0.5}  # the exponent of the init under muP, by kind; 0 fo
 LEAST = {  # that muP allows; 0 where nothing stands here
     ("output", "init"): -math.inf,  # it may start at 0
     ("output", "allocation"): -math.inf,  # a router's gradient is small and scattered at init; its update says whether it moves
+    ("fixed", "allocation"): -math.inf,  # its step moves it as far at every size; what that brings is the gradient's affair
     (UNKNOWN, "init"): -math.inf,  # it may be an output weight
     (UNKNOWN, "allocation"): -0.5,  # it may be a router
 }

@@ -78,7 +78,7 @@ def sizes(width: int, experts: int = 8, head_dim: int = 16) -> dict:
     ]
     named = {name: value for value, known_as in names for name in known_as.split()}
     ranks = {"q_lora_rank": width // 2, "kv_lora_rank": width // 4, "qk_head_dim": head_dim + head_dim // 2}
-    tokens = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "moe_layer_start_index": 1}
+    tokens = {"vocab_size": VOCABULARY, "pad_token_id": 127, "bos_token_id": 126, "eos_token_id": 125, "moe_layer_start_index": 1}
     return named | ranks | tokens
 
 
