@@ -74,6 +74,9 @@ AT_64_EXPERTS = (
 ROUTER_CELL_ARMS = ("router mup's LR", "router mup's init")
 SCREENED_ARMS = [name for name in ARMS if name not in ROUTER_CELL_ARMS]
 SCREENED_EXPERT_ARMS = [name for name in EXPERT_ARMS if name not in {*DOSES, AT_64_EXPERTS[-1]}]
+HIDDEN_X4 = PARAMETRIZATIONS["mup"].replace("attention", "mup, hidden LR x 4", lr=4 / fan_in)  # a base that was tuned
+for _role in ("experts_up", "experts_down"):
+    HIDDEN_X4 = HIDDEN_X4.replace(_role, HIDDEN_X4.name, lr=4 / fan_in)
 SMALL = {"base_width": 16}  # width 64 is four times that, at a third of the price of 128
 
 
@@ -176,6 +179,9 @@ def adopted() -> None:
         store = SWEEPS / f"adopted_{name}.jsonl"
         lrs = [2.0**octave for octave in range(-11, -5)]
         adopted_sweep(tiny(name), (64, 128, 256), (AS_IT_IS, "mup"), lrs, SEEDS, 400, options=options, store=store, n_jobs=2)
+    lower = [2.0**octave for octave in range(-13, -7)]  # the hidden weights' LR is four times that
+    store = SWEEPS / "adopted_mixtral.jsonl"
+    adopted_sweep(tiny("mixtral"), (64, 128, 256), (HIDDEN_X4,), lower, SEEDS, 400, options=options, store=store, n_jobs=2)
 
 
 def coordinates() -> None:

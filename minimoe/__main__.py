@@ -13,8 +13,10 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from .adoption import adopt
+from .causal import imported
 from .conditions import rows_where
-from .config import Config
+from .config import Config, require
 from .coordinate_figures import coordinate_curves
 from .coordinates import ROUTINGS, coordinate_check, size_axis
 from .coordinates import SIZES as GROWING
@@ -40,6 +42,7 @@ EPILOG = """\
 examples:
   minimoe demo                                             the picture: loss against learning rate, a curve per width
   minimoe explain --width 512 --parametrization simplep mup    what each rule does to each tensor
+  minimoe explain mymodel:build --width 512 --base-width 64    the same for a model of yours, which build(width) makes
   minimoe coords --parametrization simplep                 which tensors grow with width, and the cell that is to blame
   minimoe sweep --widths 32 64 --lrs 2^-8:2^-4 --seeds 0 1 --store runs/my.jsonl
   minimoe report runs/my.jsonl --figure my.png             optimum, drift and regret of what is in a store
@@ -149,7 +152,10 @@ def _parser() -> argparse.ArgumentParser:
     add_config(coords, without=("parametrization", "width"), several=True)
 
     rules = command("explain", _explain, "show a parametrization's table, and what it gives each tensor")
+    about = "a function that makes a model of yours at a width, e.g. mymodel:build; what the table makes of it"
+    rules.add_argument("model", nargs="?", metavar="MODULE:FUNCTION", help=about)
     rules.add_argument("--parametrization", nargs="+", default=[Config.parametrization], metavar="NAME", help=NAMES)
+    rules.add_argument("--json", action="store_true", help="of a model of yours: the numbers as JSON, for other trainers")
     add_argument(rules, explain, "lr", "base learning rate of effective_lr", type=number)
     add_config(rules, without=("parametrization",))
 
@@ -307,6 +313,8 @@ def _make_writable(*paths: str | None) -> None:
 
 
 def _explain(options: argparse.Namespace) -> None:
+    if options.model:
+        return _explain_adopted(options)
     configs = [
         Config(**config_fields(options, without=("parametrization",)), parametrization=name) for name in options.parametrization
     ]
@@ -320,6 +328,16 @@ def _explain(options: argparse.Namespace) -> None:
         print(table if len(configs) == 1 else "\n".join([f"{config.parametrization.name}:", *table.reasons()]))
         counted = table.groupby("role", sort=False).parameters.sum()
         print(f"\n{counted.sum()} parameters: " + ", ".join(f"{role} {count}" for role, count in counted.items()), "\n")
+
+
+def _explain_adopted(options: argparse.Namespace) -> None:
+    require(options.width and options.base_width, "--width and --base-width", None, "are needed for a model of yours")
+    plan = adopt(imported(options.model), options.width, options.base_width)
+    for name in options.parametrization:
+        if options.json:
+            print(plan.to_json(name))
+        else:
+            print("\n".join([f"{name}:", str(plan.explain(name, options.lr)), "", *plan.notes()]))
 
 
 def _sample(options: argparse.Namespace) -> None:

@@ -247,7 +247,7 @@ class Plan:
         factors, rows = self.factors(table), {}
         for own in self.parameters:
             to, rule = factors[own.name], table[own.row] if own.row else Rule()
-            row = {"name": starred(own.name), "role": own.role, "kind": own.kind, "shape": own.shape}
+            row = {"name": own.tensor, "role": own.role, "kind": own.kind, "shape": own.shape}
             row |= {"fan_in": own.terms, "ratio": own.ratio, "init_std": to.std, "lr": to.lr, "effective_lr": lr * to.lr}
             row |= {"eps": to.eps, "weight_decay": to.weight_decay, "why": why(own.kind, rule, float(own.ratio != 1))}
             rows[tuple(row.values())] = row
@@ -258,7 +258,7 @@ class Plan:
         said = [f"width {self.base_width} -> {self.width}" + (f": {', '.join(self.changed)}" if self.changed else "")]
         expected = {"output": ("router", "unembedding", "tied"), "input": ("embedding", *VECTORS)}
         for kind, sums in (("output", "a growing size into a fixed one"), ("input", "a fixed size into a growing one")):
-            names = {starred(own.name) for own in self.parameters if own.kind == kind and own.role not in expected[kind]}
+            names = {own.tensor for own in self.parameters if own.kind == kind and own.role not in expected[kind]}
             if names:
                 said.append(f"of {kind} kind, as each sums over {sums}: {', '.join(sorted(names))}")
         if self.tied:
@@ -268,7 +268,7 @@ class Plan:
             said.append(
                 "the head size grows: `adjust` sets the modules' `scaling` to 1 / head size, and a saved model needs it again"
             )
-        if idle := {starred(name) for name in self.trace.without_gradient}:
+        if idle := {own.tensor for own in self.parameters if own.name in self.trace.without_gradient}:
             said.append(f"used, and without a gradient: {', '.join(sorted(idle))}")
         said.append("multipliers are folded: exact under Adam and AdamW, not under clipping by the gradient's norm")
         return said
@@ -331,11 +331,6 @@ class Plan:
 
         kinds = {own.name: kind(own) for own in self.parameters}
         return check_module(built, widths, loss, batches, probe, seeds=seeds, kinds=kinds, name=table.name)
-
-
-def starred(name: str) -> str:
-    """The name with * for each number: layers.3.mlp.gate -> layers.*.mlp.gate."""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _made(build: Build, width: int, seed: int) -> nn.Module:

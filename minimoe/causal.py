@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -73,6 +75,21 @@ def growing(config: Any, width_field: str, *fields: str) -> Build:
             sizes[name] = size
         return AutoModelForCausalLM.from_config(type(config)(**config.to_diff_dict() | sizes))
 
+    return build
+
+
+def imported(path: str) -> Build:
+    """The function that `module:function` names, also of a module in the current folder. Raises ValueError if there is none."""
+    name, _, function = path.partition(":")
+    require(name and function, "model", path, "must be MODULE:FUNCTION, e.g. mymodel:build")
+    sys.path.insert(0, "")
+    try:
+        build = getattr(import_module(name), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"model={path!r}: {error}") from error
+    finally:
+        sys.path.remove("")
+    require(callable(build), "model", path, "names no function")
     return build
 
 
