@@ -180,7 +180,7 @@ def adopted() -> None:
         lrs = [2.0**octave for octave in range(-11, -5)]
         adopted_sweep(tiny(name), (64, 128, 256), (AS_IT_IS, "mup"), lrs, SEEDS, 400, options=options, store=store, n_jobs=2)
     lower = [2.0**octave for octave in range(-13, -7)]  # the hidden weights' LR is four times that
-    store = SWEEPS / "adopted_mixtral.jsonl"
+    store = SWEEPS / "adopted_mixtral_tuned.jsonl"
     adopted_sweep(tiny("mixtral"), (64, 128, 256), (HIDDEN_X4,), lower, SEEDS, 400, options=options, store=store, n_jobs=2)
 
 
