@@ -75,7 +75,7 @@ def check_module(
     allocations do not add up to the fall of the loss.
 
     kinds: parameter's name or pattern -> input, hidden, output, fixed (see `theory.KINDS`; a gain or bias that grows is an
-    input) or router, e.g. {"lm_head.*": "output", "*.gate.weight": "router"}; `explain(module, build)` has a column of
+    input) or router, e.g. {"lm_head.*": "output", "*.gate.weight": "router"}; `adopt` finds
     them. A parameter that declares a role needs none. Where the kinds are known, exponents are predicted from what the
     optimizer and the init do between the smallest and the largest size; the last output weight is taken for the head. Where
     a kind is not known, the allocation is measured alone, and muP's question is put to it as to a router's.
