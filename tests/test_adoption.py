@@ -322,6 +322,35 @@ def test_fixed_heads_make_output_weights_and_the_plan_says_so():
     assert plan.notes()[1] == expected + "model.layers.*.self_attn.k_proj.weight, model.layers.*.self_attn.v_proj.weight"
 
 
+def test_fixed_ranks_make_an_output_and_an_input_weight():
+    """DeepSeek's family keeps the rank of its compressed keys and values: down to it is output kind, up from it input kind."""
+    plan = plan_of("deepseek_v3", 256, kv_lora_rank=16)
+    kinds = {own.tensor.removeprefix("model.layers.*.self_attn."): own.kind for own in plan.parameters}
+    assert kinds["kv_a_proj_with_mqa.weight"] == "output"
+    assert kinds["kv_b_proj.weight"] == "input"
+    factors = {own.tensor: plan.factors("mup")[own.name] for own in plan.parameters}
+    assert factors["model.layers.*.self_attn.kv_a_proj_with_mqa.weight"].lr == 0.25
+    assert factors["model.layers.*.self_attn.kv_b_proj.weight"].lr == 1.0
+
+
+def test_a_correction_bias_that_is_frozen_or_a_buffer_has_no_numbers():
+    model = build("ernie4_5_moe", 64)
+    frozen = [name for name, param in model.named_parameters() if not param.requires_grad]
+    assert frozen
+    assert not {own.name for own in plan_of("ernie4_5_moe").parameters} & set(frozen)
+    assert any("e_score_correction_bias" in name for name, _ in build("deepseek_v3", 64).named_buffers())
+
+
+@pytest.mark.parametrize(
+    ("name", "knob"), [("granitemoe", "logits_scaling"), ("granitemoe", "embedding_multiplier"), ("cohere2_moe", "logit_scale")]
+)
+def test_a_knob_that_is_constant_stays_and_one_that_grows_is_refused(name, knob):
+    constant = adopt(lambda width: build(name, width, **{knob: 3.0}), 128, 64, tokens())
+    assert constant.initialise("mup").config.to_dict()[knob] == 3.0
+    with pytest.raises(Refused, match=r"the model scales with the width itself; let `build` hold that number fixed"):
+        adopt(lambda width: build(name, width, **{knob: width / 64 + 2}), 128, 64, tokens())
+
+
 # ------------------------------------------------------------------------------------------------------------------- errors
 
 
