@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from minimoe import ARMS, EXPERT_ARMS, drift_words, labelled, read_sweep, summary, transfer_report
+from minimoe import ARMS, EXPERT_ARMS, drift_words, labelled, read_adopted, read_sweep, summary, transfer_report
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "findings.md"
 SWEEPS = ROOT / "data" / "sweeps"
+ADOPTED = {"Mixtral": "adopted_mixtral", "OLMoE": "adopted_olmoe"}
+ADOPTED_BASE = 64  # their base width
 SCREENED = [name for name in EXPERT_ARMS if ", balance " not in name]
 
 
@@ -67,6 +69,13 @@ def stores(*names: str) -> pd.DataFrame:
     return pd.concat([read_sweep(SWEEPS / f"{name}.jsonl") for name in names], ignore_index=True)
 
 
+def adopted() -> pd.DataFrame:
+    """The rows of the sweeps of models that are not ours, with the model's name before the table's."""
+    frames = {name: read_adopted(SWEEPS / f"{store}.jsonl", ADOPTED_BASE) for name, store in ADOPTED.items()}
+    named = [rows.assign(parametrization=f"{name}, " + rows.parametrization) for name, rows in frames.items()]
+    return pd.concat(named, ignore_index=True)
+
+
 def tables() -> dict[str, str]:
     """name -> table, each as it stands in the page."""
     count = labelled(stores("expert_count", "balance"), EXPERT_ARMS)
@@ -97,7 +106,8 @@ def tables() -> dict[str, str]:
         "granularity, twice as wide": wide,
     }
     made = {name: drift_table(rows, "n_experts") for name, rows in experts.items()}
-    return made | {name: drift_table(rows, "granularity") for name, rows in granularities.items()}
+    made |= {name: drift_table(rows, "granularity") for name, rows in granularities.items()}
+    return made | {"adopted models": drift_table(adopted(), "width")}
 
 
 def page(text: str, made: dict[str, str]) -> str:
