@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "findings.md"
 SWEEPS = ROOT / "data" / "sweeps"
 ADOPTED = {"Mixtral": "adopted_mixtral", "OLMoE": "adopted_olmoe"}
+OTHER_BASES = {"Mixtral of std 0.1": "adopted_mixtral_init", "Mixtral": "adopted_mixtral_tuned"}
 ADOPTED_BASE = 64  # their base width
 SCREENED = [name for name in EXPERT_ARMS if ", balance " not in name]
 
@@ -69,9 +70,9 @@ def stores(*names: str) -> pd.DataFrame:
     return pd.concat([read_sweep(SWEEPS / f"{name}.jsonl") for name in names], ignore_index=True)
 
 
-def adopted() -> pd.DataFrame:
-    """The rows of the sweeps of models that are not ours, with the model's name before the table's."""
-    frames = {name: read_adopted(SWEEPS / f"{store}.jsonl", ADOPTED_BASE) for name, store in ADOPTED.items()}
+def adopted(names: dict[str, str]) -> pd.DataFrame:
+    """The rows of sweeps of models that are not ours, with the model's name before the table's. names: of the model -> store."""
+    frames = {name: read_adopted(SWEEPS / f"{store}.jsonl", ADOPTED_BASE) for name, store in names.items()}
     named = [rows.assign(parametrization=f"{name}, " + rows.parametrization) for name, rows in frames.items()]
     return pd.concat(named, ignore_index=True)
 
@@ -107,7 +108,8 @@ def tables() -> dict[str, str]:
     }
     made = {name: drift_table(rows, "n_experts") for name, rows in experts.items()}
     made |= {name: drift_table(rows, "granularity") for name, rows in granularities.items()}
-    return made | {"adopted models": drift_table(adopted(), "width")}
+    models = {"adopted models": ADOPTED, "other bases": OTHER_BASES}
+    return made | {name: drift_table(adopted(names), "width") for name, names in models.items()}
 
 
 def page(text: str, made: dict[str, str]) -> str:
