@@ -25,7 +25,18 @@ from .corpus import load_corpus
 from .diagnoses import diagnosis
 from .explanations import explain, marked, side_by_side
 from .figures import lr_curves
-from .flags import add_argument, add_config, add_training, config_fields, number, numbers, path_field, size_field, train_fields
+from .flags import (
+    EPILOG,
+    add_argument,
+    add_config,
+    add_training,
+    config_fields,
+    number,
+    numbers,
+    path_field,
+    size_field,
+    train_fields,
+)
 from .grids import WIDTHS
 from .model import MiniMoE
 from .step import TrainOptions
@@ -38,18 +49,6 @@ from .verdicts import exponents, exponents_text
 NAMES = f"of {', '.join(PARAMETRIZATIONS)}"
 DEMO_STEPS = 140  # enough for SP's optimum to move by an octave per doubling, and two minutes on two cores
 
-EPILOG = """\
-examples:
-  minimoe demo                                             the picture: loss against learning rate, a curve per width
-  minimoe explain --width 512 --parametrization simplep mup    what each rule does to each tensor
-  minimoe explain mymodel:build --width 512 --base-width 64    the same for a model of yours, which build(width) makes
-  minimoe coords --parametrization simplep                 which tensors grow with width, and the cell that is to blame
-  minimoe sweep --widths 32 64 --lrs 2^-8:2^-4 --seeds 0 1 --store runs/my.jsonl
-  minimoe report runs/my.jsonl --figure my.png             optimum, drift and regret of what is in a store
-  minimoe train --width 128 --lr 2^-6 --steps 2000 --save model.pt
-  minimoe sample model.pt --prompt "Return the "
-"""
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for what cannot be done (one line on stderr), 130 after Ctrl-C."""
@@ -61,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"minimoe: {' '.join(str(message).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"\nminimoe: {stop or 'stopped'}", file=sys.stderr)
+        print(f"\nminimoe: {str(stop) or 'stopped'}", file=sys.stderr)
         return 130
     return 0
 
@@ -152,10 +151,9 @@ def _parser() -> argparse.ArgumentParser:
     add_config(coords, without=("parametrization", "width"), several=True)
 
     rules = command("explain", _explain, "show a parametrization's table, and what it gives each tensor")
-    about = "a function that makes a model of yours at a width, e.g. mymodel:build; what the table makes of it"
-    rules.add_argument("model", nargs="?", metavar="MODULE:FUNCTION", help=about)
+    rules.add_argument("model", nargs="?", metavar="MODULE:FUNCTION", help="makes a model of yours at a width: mymodel:build")
     rules.add_argument("--parametrization", nargs="+", default=[Config.parametrization], metavar="NAME", help=NAMES)
-    rules.add_argument("--json", action="store_true", help="of a model of yours: the numbers as JSON, for other trainers")
+    rules.add_argument("--json", action="store_true", help="of a model of yours: as JSON, for other trainers")
     add_argument(rules, explain, "lr", "base learning rate of effective_lr", type=number)
     add_config(rules, without=("parametrization",))
 
@@ -315,9 +313,9 @@ def _make_writable(*paths: str | None) -> None:
 def _explain(options: argparse.Namespace) -> None:
     if options.model:
         return _explain_adopted(options)
-    configs = [
-        Config(**config_fields(options, without=("parametrization",)), parametrization=name) for name in options.parametrization
-    ]
+    require(not options.json, "--json", True, "is for a model of yours")
+    fields = config_fields(options, without=("parametrization",))
+    configs = [Config(**fields, parametrization=name) for name in options.parametrization]
     for config in configs:
         print(config.parametrization, "\n")
     if len(configs) > 1:
@@ -331,13 +329,12 @@ def _explain(options: argparse.Namespace) -> None:
 
 
 def _explain_adopted(options: argparse.Namespace) -> None:
-    require(options.width and options.base_width, "--width and --base-width", None, "are needed for a model of yours")
-    plan = adopt(imported(options.model), options.width, options.base_width)
+    sizes = (options.width, options.base_width)
+    require(all(sizes), "--width and --base-width", sizes, "are both needed for a model of yours")
+    plan = adopt(imported(options.model), *sizes)
     for name in options.parametrization:
-        if options.json:
-            print(plan.to_json(name))
-        else:
-            print("\n".join([f"{name}:", str(plan.explain(name, options.lr)), "", *plan.notes()]))
+        text = "\n".join([f"{name}:", str(plan.explain(name, options.lr)), "", *plan.notes()])
+        print(plan.to_json(name) if options.json else text)
 
 
 def _sample(options: argparse.Namespace) -> None:

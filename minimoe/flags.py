@@ -13,6 +13,18 @@ from .config import Config
 from .grids import STEPS
 from .step import TrainOptions
 
+EPILOG = """\
+examples:
+  minimoe demo                                             the picture: loss against learning rate, a curve per width
+  minimoe explain --width 512 --parametrization simplep mup    what each rule does to each tensor
+  minimoe explain mymodel:build --width 512 --base-width 64    the same for a model of yours, which build(width) makes
+  minimoe coords --parametrization simplep                 which tensors grow with width, and the cell that is to blame
+  minimoe sweep --widths 32 64 --lrs 2^-8:2^-4 --seeds 0 1 --store runs/my.jsonl
+  minimoe report runs/my.jsonl --figure my.png             optimum, drift and regret of what is in a store
+  minimoe train --width 128 --lr 2^-6 --steps 2000 --save model.pt
+  minimoe sample model.pt --prompt "Return the "
+"""
+
 
 def number(text: str) -> float:
     """0.01, 1e-2 or 2^-6.5. Raises ValueError."""

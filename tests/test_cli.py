@@ -236,6 +236,8 @@ def test_explain_writes_json_for_other_trainers(own_model, capsys):
     ("arguments", "message"),
     [
         (["own_model_of_a_test:build"], "--width and --base-width"),
+        (["own_model_of_a_test:build", "--width", "64"], "--width and --base-width=(64, None): are both needed"),
+        (["--json"], "--json=True: is for a model of yours"),
         (["own_model_of_a_test", "--width", "64", "--base-width", "16"], "must be MODULE:FUNCTION"),
         (["own_model_of_a_test:make", "--width", "64", "--base-width", "16"], "has no attribute 'make'"),
         (["own_model_of_a_test:number", "--width", "64", "--base-width", "16"], "names no function"),
