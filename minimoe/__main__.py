@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from . import flags
 from .adoption import adopt
 from .causal import imported
 from .conditions import rows_where
@@ -25,18 +26,7 @@ from .corpus import load_corpus
 from .diagnoses import diagnosis
 from .explanations import explain, marked, side_by_side
 from .figures import lr_curves
-from .flags import (
-    EPILOG,
-    add_argument,
-    add_config,
-    add_training,
-    config_fields,
-    number,
-    numbers,
-    path_field,
-    size_field,
-    train_fields,
-)
+from .flags import add_argument, add_config, add_training, config_fields, number, numbers, path_field, size_field, train_fields
 from .grids import WIDTHS
 from .model import MiniMoE
 from .step import TrainOptions
@@ -74,7 +64,10 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = _Parser(
-        "minimoe", description="muP for Mixture-of-Experts, to read, run and check.", epilog=EPILOG, formatter_class=formatter
+        "minimoe",
+        description="muP for Mixture-of-Experts, to read, run and check.",
+        epilog=flags.EPILOG,
+        formatter_class=formatter,
     )
     commands = parser.add_subparsers(required=True, metavar="command")
 
