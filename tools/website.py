@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 import nbformat
 from formulas import with_formulas
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from minimoe.pages import course_datasets, explorer_fragment
 from nbconvert import HTMLExporter
 from nbconvert.filters import markdown2html
 from pygments import highlight
@@ -25,7 +26,6 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import get_lexer_for_filename
 
 from minimoe import PARAMETRIZATIONS, Parametrization
-from minimoe.pages import course_datasets, explorer_fragment
 from minimoe.parametrization import CELLS
 from minimoe.tables import ROUTER_RULES
 
