@@ -1,4 +1,5 @@
 # demo: the picture, trained now (about 2 minutes on two cores)   test: every test   lab: the notebooks in JupyterLab
+# site: the course as static pages, in site/
 # notebooks: run them again, in place    student: copies without answers    data: the shipped sweeps again (four hours)
 # figure: the README's pictures          lint: ruff                         clean: remove what these made
 PYTHON ?= python3
@@ -16,6 +17,9 @@ notebooks: .venv/installed
 	PATH=$(CURDIR)/.venv/bin:$$PATH .venv/bin/python tools/notebooks.py run
 	.venv/bin/python tools/notebooks.py gallery
 
+site: .venv/installed
+	.venv/bin/python tools/website.py
+
 student: .venv/installed
 	.venv/bin/python tools/notebooks.py student
 
@@ -24,6 +28,7 @@ data: .venv/installed
 
 figure: demo
 	cp runs/demo.png docs/demo.png
+	.venv/bin/python tools/story.py
 	.venv/bin/minimoe coords --parametrization simplep --figure docs/coordinates.png
 
 lint: .venv/installed
@@ -37,6 +42,6 @@ lint: .venv/installed
 	touch .venv/installed
 
 clean:
-	rm -rf .venv runs student
+	rm -rf .venv runs student site
 
-.PHONY: demo test lab notebooks student data figure lint clean
+.PHONY: demo test lab notebooks site student data figure lint clean
