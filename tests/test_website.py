@@ -1,7 +1,6 @@
 """The site as a reader gets it: every link leads somewhere, nothing is fetched, answers are folded, formulas are drawn."""
 
 import html.parser
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest

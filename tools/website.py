@@ -8,8 +8,6 @@ that does not exist is an error.
 from __future__ import annotations
 
 import ast
-import base64
-import hashlib
 import os
 import re
 import shutil
@@ -18,7 +16,6 @@ from pathlib import Path, PurePosixPath
 import nbformat
 from formulas import with_formulas
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from minimoe.pages import course_datasets, explorer_fragment
 from nbconvert import HTMLExporter
 from nbconvert.filters import markdown2html
 from pygments import highlight
@@ -26,6 +23,7 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import get_lexer_for_filename
 
 from minimoe import PARAMETRIZATIONS, Parametrization
+from minimoe.pages import course_datasets, digests, explorer_fragment
 from minimoe.parametrization import CELLS
 from minimoe.tables import ROUTER_RULES
 
@@ -43,7 +41,6 @@ MENU = {
 }
 LINK = re.compile(r'\b(?P<attribute>href|src)="(?P<path>[^"#]*)(?P<place>#[^"]*)?"')
 ELSEWHERE = re.compile(r"[a-z]+:|$", re.IGNORECASE)  # another site, data, or a place of the same page
-SCRIPT = re.compile(r"<script\b[^>]*>(.*?)</script>", re.DOTALL)
 HEADING = re.compile(r'<h([1-6]) id="[^"]*">(.*?)<a class="anchor-link"[^>]*>.*?</a></h\1>', re.DOTALL)
 COARSE = {"attention": "hidden", "experts_up": "hidden", "experts_down": "hidden"}  # roles as tables.py writes them
 
@@ -63,9 +60,11 @@ class Site:
         style = (TEMPLATES / "site.css").read_text(encoding="utf-8") + HtmlFormatter().get_style_defs(".highlight")
         (self.folder / "site.css").write_text(style, encoding="utf-8")
         data = course_datasets(ROOT / "data" / "sweeps")
-        first = {name: data[name] for name in list(data)[:1]}
         readme = (ROOT / "README.md").read_text(encoding="utf-8")
-        parts = {"explorer": explorer_fragment(first), "course": formatted(section(readme, "The course"))}
+        parts = {
+            "explorer": explorer_fragment({"width": data["width"]}, {"tables": ["sp", "mup"]}),
+            "course": formatted(section(readme, "The course")),
+        }
         self.page("index.html", "minimoe: muP for Mixture-of-Experts", self.filled("start.html.j2", **parts))
         self.page("explorer.html", "Drag your learning rate", self.filled("explorer.html.j2", explorer=explorer_fragment(data)))
         tables = {"tables": PARAMETRIZATIONS, "routers": ROUTER_RULES, "cells": CELLS[:3], "line": rule_line}
@@ -103,7 +102,7 @@ class Site:
         depth = len(path.parts) - 1
         parts = {"title": title, "body": body, "root": "../" * depth, "menu": MENU}
         text = LINK.sub(lambda link: self.followed(link, path), self.filled("page.html.j2", **parts))
-        text = text.replace("SCRIPTS", " ".join(allowed_scripts(text)) or "'none'", 1)
+        text = text.replace("SCRIPTS", " ".join(digests(text, "script")) or "'none'", 1)
         target = self.folder / page_of(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text, encoding="utf-8")
@@ -127,12 +126,6 @@ def page_of(path: PurePosixPath) -> PurePosixPath:
     if path.suffix == ".py":
         return path.with_name(f"{path.name}.html")
     return path.with_suffix(".html") if path.suffix in (".md", ".ipynb") else path
-
-
-def allowed_scripts(page: str) -> list[str]:
-    """The page's own scripts, as a content security policy names them: by their hash."""
-    digests = (hashlib.sha256(script.encode()).digest() for script in SCRIPT.findall(page))
-    return [f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests]
 
 
 def formatted(text: str) -> str:
