@@ -176,7 +176,7 @@ class Explorer {
   get step() { return this.data.steps.indexOf(this.model.get("step")); }
   get x() { return this.model.get("my_lr"); }
   get low() { return Math.min(...this.data.runs.map(run => run[3])); }
-  get high() { return Math.max(...this.data.runs.map(run => run[3])); }
+  get high() { return Math.max(...this.data.runs.map(run => run[3]), ...this.model.get("live").map(run => run[2])); }
   curve(table, value) { return curve(this.data, table, value, this.step, this.chosen("seeds")); }
 
   remove() {
