@@ -1,5 +1,6 @@
 # demo: the picture, trained now (about 2 minutes on two cores)   test: every test   lab: the notebooks in JupyterLab
-# site: the course as static pages, in site/
+# site: the course as static pages, in site/   handout: the lab's copies, sheet and rubric, in handout/
+# cloud ADDRESS=https://...: notebooks that install minimoe from the site at that address
 # notebooks: run them again, in place    student: copies without answers    data: the shipped sweeps again (four hours)
 # figure: the README's pictures          lint: ruff                         clean: remove what these made
 PYTHON ?= python3
@@ -23,6 +24,12 @@ site: .venv/installed
 student: .venv/installed
 	.venv/bin/python tools/notebooks.py student
 
+handout: .venv/installed
+	.venv/bin/python tools/handout.py
+
+cloud: .venv/installed
+	.venv/bin/python tools/cloud.py $(ADDRESS)
+
 data: .venv/installed
 	.venv/bin/python data/make.py
 
@@ -42,6 +49,6 @@ lint: .venv/installed
 	touch .venv/installed
 
 clean:
-	rm -rf .venv runs student site
+	rm -rf .venv runs student site handout
 
-.PHONY: demo test lab notebooks site student data figure lint clean
+.PHONY: demo test lab notebooks site student handout cloud data figure lint clean

@@ -12,6 +12,7 @@ import base64
 import re
 import shutil
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import nbformat
@@ -129,14 +130,17 @@ def _with_blanks(source: str) -> str:
     return "\n".join(lines)
 
 
-def write_student_copies(folder: Path) -> list[Path]:
-    """A student copy of every notebook, in `folder`, which lies beside `notebooks/` so that links and data are found."""
+def write_student_copies(folder: Path, names: Collection[str] = ()) -> list[Path]:
+    """A student copy of each of these notebooks, or of all, in `folder`, which lies beside `notebooks/` so that links and data
+    are found."""
     folder.mkdir(exist_ok=True)
     for stale in folder.glob("*.ipynb"):
         stale.unlink()
     shutil.copy(ROOT / "notebooks" / "notation.md", folder)
     written = []
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        if names and path.stem not in names:
+            continue
         nbformat.write(student_copy(nbformat.read(path, as_version=4)), folder / path.name)
         written.append(folder / path.name)
     return written
