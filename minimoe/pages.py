@@ -6,6 +6,7 @@ import base64
 import hashlib
 import html
 import json
+import math
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pandas as pd
 from .arms import ARMS, EXPERT_ARMS, labelled
 from .lr_explorer import MODULE, STYLE, explorer_data
 from .sweeps import read_sweep
+from .transfer import transfer_report
 
 CHOSEN = ["sp", "simplep", "mup"]  # what a reader sees first; the other tables can be chosen
 COMPARED = {"n_experts": ["mup, raw, k=2", "mup, raw, k=E/4"], "granularity": ["authors", "route K", "router mup"]}
@@ -75,7 +77,8 @@ def course_datasets(sweeps: Path) -> dict[str, dict]:
     """
     widths = pd.concat([read_sweep(sweeps / f"{name}.jsonl") for name in ("transfer", "router_rules")], ignore_index=True)
     found = {"width": explorer_data(widths)}
-    found["width"]["start"]["tables"] = CHOSEN
+    tuned = transfer_report(widths[widths.parametrization == CHOSEN[0]]).grid_lr.iloc[0]  # the best LR of the smallest width
+    found["width"]["start"] |= {"tables": CHOSEN, "my_lr": math.log2(tuned)}
     for by, names, arms, steps in (
         ("n_experts", ("expert_count", "balance"), EXPERT_ARMS, 200),
         ("granularity", ("granularity", "router_cells"), ARMS, 400),

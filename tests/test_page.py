@@ -172,7 +172,7 @@ def test_the_step_slider_moves_stars_and_regrets(page, frame, datasets):
         expected = math.log2(report.best_lr[table, (32, 64, 128, 256)[place]])
         assert x == pytest.approx(expected, abs=1e-4)
         assert seen == pytest.approx(expected, abs=0.02), "where the star stands on the axis"
-    cost = regrets(then, 2.0**-6).set_index(["parametrization", "width"]).regret
+    cost = regrets(then, 2.0 ** datasets["width"]["start"]["my_lr"]).set_index(["parametrization", "width"]).regret
     for table, cells in shown_regrets(page).items():
         assert cells == [f"{cost[table, n]:.3f}" for n in (32, 64, 128, 256)]
 
@@ -201,10 +201,10 @@ def test_my_lr_is_dragged_on_the_figure(page, frame):
     assert mine(page) != {at}
 
 
-def test_arrow_keys_move_my_lr(page):
+def test_arrow_keys_move_my_lr(page, datasets):
     slider(page, "my LR").focus()
     page.keyboard.press("ArrowRight")
-    assert mine(page) == {-5.75}
+    assert mine(page) == {datasets["width"]["start"]["my_lr"] + 0.25}
 
 
 def test_training_goes_on_and_pauses(page):

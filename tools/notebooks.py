@@ -1,6 +1,6 @@
 """Keep the course.
 
-tools/notebooks.py run [NAME ...]    run notebooks in place
+tools/notebooks.py run [NAME ...]    run notebooks, and the deck of slides, in place
 tools/notebooks.py gallery           copy each one's main figure to docs/gallery, for the README
 tools/notebooks.py student           write copies without outputs, answers and claims to student/
 """
@@ -152,9 +152,9 @@ def main(arguments: list[str]) -> None:
         written = write_student_copies(ROOT / "student") if student else write_gallery(ROOT / "docs" / "gallery")
         print("\n".join(str(path.relative_to(ROOT)) for path in written))
     elif arguments[:1] == ["run"]:
-        names = arguments[1:] or [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
-        for name in names:
-            run(ROOT / "notebooks" / f"{name}.ipynb")
+        paths = {path.stem: path for folder in ("notebooks", "slides") for path in sorted((ROOT / folder).glob("*.ipynb"))}
+        for name in arguments[1:] or paths:
+            run(paths[name])
             print(f"{name}: run", flush=True)
     else:
         sys.exit(__doc__)
