@@ -5,6 +5,9 @@ from urllib.parse import urlsplit
 
 import pytest
 import website
+from browser import NEEDS_CHROMIUM, chromium, watched
+
+import slides
 
 LOADED = {"img": "src", "script": "src", "link": "href", "iframe": "src"}  # what a browser fetches by itself
 
@@ -29,8 +32,23 @@ def pages(tmp_path_factory):
     """path -> page of the whole site."""
     folder = tmp_path_factory.mktemp("site")
     website.Site(folder).write()
+    slides.write(folder / "slides")
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 15e6
     return {path: Page(path.read_text(encoding="utf-8")) for path in folder.rglob("*.html")}
+
+
+@NEEDS_CHROMIUM
+def test_a_reader_opens_the_site_from_a_file(pages):
+    paths = [path for path in pages if path.name in ("index.html", "explorer.html", "01_weight_types.html", "tables.html")]
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": 360, "height": 740})
+        complaints = watched(page)
+        for path in paths:
+            page.goto(path.as_uri())
+            assert page.evaluate("document.documentElement.scrollWidth") <= 360, (path, "wider than a phone")
+            if path.parent.name != "slides" and path.name in ("index.html", "explorer.html") and path.parent.name != "minimoe":
+                page.wait_for_selector(".minimoe-lr svg .star")
+        assert not complaints
 
 
 def test_the_site_has_every_notebook_and_document(pages):

@@ -19,4 +19,6 @@ def with_formulas(page: str) -> str:
 def mathml(tex: str, mark: str = "$") -> str:
     """One formula: inline between single dollars, a block of its own between double ones."""
     words = re.sub(r"\\text\{[^}]*\}", lambda text: text[0].replace(r"\_", "_"), tex.strip())  # the converter shows the backslash
-    return convert(words, display="block" if mark == "$$" else "inline")
+    if mark == "$":
+        return convert(words)
+    return f'<span class="formula">{convert(words, display="block")}</span>'  # which scrolls on a narrow screen

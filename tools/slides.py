@@ -1,14 +1,14 @@
 """Write the deck of the 60-minute lecture to site/slides/: index.html for reveal.js, and lecture.pdf.
 
 The deck is slides/lecture.ipynb with the figures that it holds (`make notebooks` runs it again). The PDF is printed by
- Chromium (Debian's package, or the one that MINIMOE_CHROMIUM
-names). Press S for the notes of the speaker, Esc for an overview.
+Chromium (Debian's package, or the one that MINIMOE_CHROMIUM names). Press S for the notes of the speaker, Esc for an overview.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 DECK = ROOT / "slides" / "lecture.ipynb"
 CARRIER = importlib.util.find_spec("sphinx_revealjs").submodule_search_locations[0]  # a package that brings reveal.js
 REVEAL = Path(CARRIER) / "_static" / "revealjs"
-PARTS = ("dist", "plugin/notes")
+PARTS = ("dist/reveal.js", "dist/reveal.css", "plugin/notes/notes.js", "plugin/notes/speaker-view.html", "LICENSE")
+THEME = "dist/theme/white.css"
 
 
 def write(folder: Path) -> Path:
@@ -43,9 +44,10 @@ def write(folder: Path) -> Path:
     (folder / "explorer.html").write_text(explorer_page(data, "Drag your LR"), encoding="utf-8")
     (folder / "explorer.png").write_bytes(LRExplorer(read_sweep(sweeps / "transfer.jsonl")).image.value)  # for paper
     for part in PARTS:
-        ignored = shutil.ignore_patterns("*.map")
-        shutil.copytree(REVEAL / part, folder / "reveal" / part, dirs_exist_ok=True, ignore=ignored)
-    shutil.copy(REVEAL / "LICENSE", folder / "reveal")
+        (folder / "reveal" / part).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REVEAL / part, folder / "reveal" / part)
+    theme = (REVEAL / THEME).read_text(encoding="utf-8")
+    (folder / "reveal" / "theme.css").write_text(re.sub(r"@import [^;]*;", "", theme), encoding="utf-8")  # the system's fonts
     return folder / "index.html"
 
 

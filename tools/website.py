@@ -29,13 +29,14 @@ from minimoe.tables import ROUTER_RULES
 
 ROOT = Path(__file__).parent.parent
 TEMPLATES = Path(__file__).parent / "templates"
-MADE = ("index.html", "explorer.html", "tables.html")  # for the site; no file of the repository
+MADE = ("index.html", "explorer.html", "tables.html", "slides/index.html")  # no file of the repository; slides.py makes the last
 MENU = {
     "Explorer": "explorer.html",
     "Course": "README.md#the-course",
     "Tables": "tables.html",
     "Findings": "docs/findings.md",
     "Teaching": "docs/teaching.md",
+    "Slides": "slides/index.html",
     "Papers": "docs/bibliography.md",
     "Code": "minimoe/model.py",
 }
@@ -173,5 +174,5 @@ def rule_line(table: Parametrization, role: str) -> int:
 
 
 if __name__ == "__main__":
-    site = ROOT / "site"
-    Site(site).write()
+    Site(ROOT / "site").write()
+    print("site/index.html")
