@@ -11,8 +11,8 @@ import hashlib
 import inspect
 import os
 import platform
+import secrets
 import sysconfig
-import tempfile
 import urllib.error
 import urllib.request
 import warnings
@@ -23,9 +23,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .memory import free_memory, gigabytes
+
 PRINTABLE = "\n" + "".join(map(chr, range(32, 127)))  # 96 symbols: pydocs' vocabulary on every Python
 VALIDATION_FRACTION = 0.1
 PYDOCS_RECIPE = 1  # part of the cache file's name: raise it when `_pydocs_text` changes
+PYDOCS_SHA256 = {  # of the texts that a cache may hold, by Python: anybody may have written the file
+    "3.11.7": ("64789c26d17d762609557f2d4e171b3c6fa9e51616fa14d0293a97a53c42bd58",),
+}
+PYDOCS_BYTES = 10_000_000  # at most
+CHUNK = 1 << 20  # characters
+COPIES = 3  # of a text, at least, are in memory while it is read: its bytes, its characters and its tokens
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_BYTES = 1_115_394
@@ -84,11 +92,20 @@ def load_corpus(corpus: str | os.PathLike | Corpus) -> Corpus:
     path = Path(corpus)
     if not path.is_file():
         raise FileNotFoundError(f"no corpus {str(corpus)!r}: give pydocs, shakespeare, or the path of a UTF-8 text file")
+    _require_room(path)
     try:
         text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path.name} is not UTF-8 text (byte {error.start}): convert it first") from error
     return make_corpus(path.name, text)
+
+
+def _require_room(path: Path) -> None:
+    """Raise ValueError if the file is too large to be read."""
+    size, free = path.stat().st_size, free_memory()
+    if free is not None and COPIES * size > free:
+        need = f"reading its {gigabytes(size)} takes {gigabytes(COPIES * size)} of memory"
+        raise ValueError(f"corpus {path.name!r} is too large: {need}, and {gigabytes(free)} are free")
 
 
 def make_corpus(name: str, text: str, symbols: str | None = None) -> Corpus:
@@ -102,14 +119,22 @@ def make_corpus(name: str, text: str, symbols: str | None = None) -> Corpus:
 
 
 def _tokens(text: str, symbols: str) -> np.ndarray:
-    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-    alphabet = np.frombuffer(symbols.encode("utf-32-le"), dtype=np.uint32)  # sorted
-    tokens = np.searchsorted(alphabet, codes).clip(max=len(alphabet) - 1)
-    unknown = alphabet[tokens] != codes
-    if unknown.any():
-        strangers = "".join(sorted(set(map(chr, codes[unknown]))))
-        raise ValueError(f"characters outside the vocabulary: {strangers[:20]!r}")
-    return tokens.astype(np.min_scalar_type(len(alphabet) - 1))
+    alphabet = _codes(symbols)  # sorted
+    tokens = np.empty(len(text), np.min_scalar_type(len(alphabet) - 1))
+    for start in range(0, len(text), CHUNK):  # all at once would take twenty times the text's memory
+        codes = _codes(text[start : start + CHUNK])
+        found = np.searchsorted(alphabet, codes).clip(max=len(alphabet) - 1)
+        unknown = alphabet[found] != codes
+        if unknown.any():
+            strangers = "".join(sorted(set(map(chr, codes[unknown]))))
+            raise ValueError(f"characters outside the vocabulary: {strangers[:20]!r}")
+        tokens[start : start + CHUNK] = found
+    return tokens
+
+
+def _codes(text: str) -> np.ndarray:
+    """The characters' numbers; half a surrogate pair, as a terminal may pass it on, is a character too."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
 
 
 def cache_folder() -> Path:
@@ -120,32 +145,42 @@ def cache_folder() -> Path:
 
 
 def _write_whole(path: Path, data: bytes) -> None:
-    """Write the file in one step, so that no reader ever sees a part of it."""
+    """Write the file in one step, so that no reader ever sees a part of it. Who may read it, the umask says."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(data)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 
 def _cached_pydocs() -> str:
-    """The pydocs text, made once for this Python; the file's name holds its digest, so a damaged cache is made again."""
-    folder, stem = cache_folder(), f"pydocs-{platform.python_version()}-{PYDOCS_RECIPE}-"
-    for path in sorted(folder.glob(f"{stem}*.txt")):
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() == path.stem.removeprefix(stem):
-            return data.decode("ascii")
+    """The pydocs text: from the cache, where the file is one whose digest this module knows, or made again, in seconds."""
+    version = platform.python_version()
+    path, known = cache_folder() / f"pydocs-{version}-{PYDOCS_RECIPE}.txt", PYDOCS_SHA256.get(version, ())
+    if known and (data := _bytes_of(path, PYDOCS_BYTES)) and hashlib.sha256(data).hexdigest() in known:
+        return data.decode("ascii")
     text = _pydocs_text()
     data = text.encode("ascii")
-    try:
-        _write_whole(folder / f"{stem}{hashlib.sha256(data).hexdigest()}.txt", data)
-    except OSError as error:  # the text is here all the same; next time it is made again
-        warnings.warn(f"could not keep the pydocs corpus in {folder}: {error}", stacklevel=3)
+    if hashlib.sha256(data).hexdigest() in known:  # another text would not be read again
+        try:
+            _write_whole(path, data)
+        except OSError as error:  # the text is here all the same; next time it is made again
+            warnings.warn(f"could not keep the pydocs corpus in {path.parent}: {error}", stacklevel=3)
     return text
+
+
+def _bytes_of(path: Path, most: int) -> bytes:
+    """The file's bytes; none if it is not there, cannot be read, or is larger than `most`."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(most + 1)
+    except OSError:
+        return b""
+    return data if len(data) <= most else b""
 
 
 def _pydocs_text() -> str:
@@ -210,7 +245,8 @@ def _cached_shakespeare() -> str:
         _check_digest(data, "the download of tiny Shakespeare")
         _write_whole(path, data)
         return data.decode("utf-8")
-    data = path.read_bytes()
+    with open(path, "rb") as file:
+        data = file.read(SHAKESPEARE_BYTES + 1)
     _check_digest(data, f"{path} (delete it to download it again)")
     return data.decode("utf-8")
 
@@ -235,6 +271,8 @@ def _download(url: str, size: int) -> bytes:
                 while chunk := response.read(1 << 16):
                     received += chunk
                     bar.update(len(chunk))
+                    if len(received) > size:
+                        raise ValueError(f"{url} sends more than the expected {size} bytes: it is another file")
             announced = int(response.headers.get("Content-Length") or len(received))
         if len(received) < announced:
             raise ConnectionError(f"interrupted after {len(received)} of {announced} bytes")

@@ -21,12 +21,8 @@ from typing import BinaryIO, NamedTuple
 from filelock import FileLock
 
 from .lines import DAMAGE, START, Lines, format_of, is_torn, written
+from .locks import locked_beside, locked_file
 from .parametrization import Parametrization, TwoTables
-
-try:
-    import fcntl
-except ImportError:  # Windows: there the lock beside the file is the only one
-    fcntl = None
 
 FORMAT = 2  # raise it when a change of the code changes what a run's numbers are: older lines then count as other runs
 BLOCK = 1 << 16  # bytes
@@ -190,7 +186,7 @@ class RunStore:
     @contextmanager
     def _locked(self) -> Iterator[BinaryIO]:
         """The file, open for writing and locked under all its names, its last line whole."""
-        with self._lock, open(self._real, "r+b") as file, _locked_file(file):
+        with locked_beside(self._lock), open(self._real, "r+b") as file, locked_file(file):
             self._require_same_file()
             _mend_last_line(file, self.path)
             yield file
@@ -287,19 +283,6 @@ def _status(path: Path) -> os.stat_result | None:
         return os.stat(path)
     except FileNotFoundError:
         return None
-
-
-@contextmanager
-def _locked_file(file: BinaryIO) -> Iterator[None]:
-    """A lock on the file itself inside, which its hard links share."""
-    if fcntl is None:
-        yield
-        return
-    fcntl.flock(file, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _mend_last_line(file: BinaryIO, path: Path) -> None:

@@ -7,8 +7,6 @@ data, the schedule and the seed. Such a run is trained and stored once, and each
 from __future__ import annotations
 
 import os
-import signal
-import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -25,10 +23,12 @@ from .corpus import Corpus, load_corpus
 from .grids import planned_runs
 from .identity import run_key
 from .parametrization import Parametrization
+from .room import require_memory
 from .step import TrainOptions
 from .store import FORMAT, LineError, RunStore, StoreError, stored_cells
 from .tables import PARAMETRIZATIONS
 from .training import Kind, available_device, finished_runs, parts_of_one_kind
+from .workers import local_workers, results_of
 
 WAIT_FOR_WORKERS = 600  # seconds that a cluster has to bring up its first worker
 LRS = tuple(2.0**octave for octave in range(-9, -2))
@@ -83,6 +83,7 @@ def sweep(
     device = torch.device(device or "cpu") if backend == "dask" else available_device(device)
     axes = {name: values for name, values in {"width": widths, **axes, "steps": steps}.items() if values is not None}
     planned = planned_runs(parametrizations, lrs, seeds, corpus, options, axes, path)
+    require_memory(planned, here=backend == "loky" and device.type == "cpu")
     configs = [(run.config, run.lr) for run in planned]
     cells = [_cell(*run, corpus) for run in planned]
     store = None if store is None else RunStore(store)
@@ -258,25 +259,21 @@ def _executed(jobs: Iterator[tuple], n_jobs: int, backend: str, address: str | N
     pre_dispatch = "all" if backend == "dask" else "n_jobs"
     with _workers(backend, address, n_jobs):
         pool = joblib.Parallel(n_jobs, batch_size=1, pre_dispatch=pre_dispatch, return_as="generator_unordered")
-        with _workers_ignore_ctrl_c():
-            results = pool(joblib.delayed(finished_runs)(*job) for job in jobs)
         try:
-            yield from results
+            yield from results_of(pool, (joblib.delayed(finished_runs)(*job) for job in jobs))
         except TerminatedWorkerError as error:
             raise _WorkerDied from error
         except Exception as error:
             if type(error).__name__ == "KilledWorker":  # Dask's, which need not be installed
                 raise _WorkerDied from error
             raise
-        finally:
-            results.close()
 
 
 @contextmanager
 def _workers(backend: str, address: str | None, n_jobs: int) -> Iterator[None]:
     """joblib's configuration inside. Raises ValueError for an unknown backend, or a cluster that cannot be used."""
     if backend == "loky":
-        with joblib.parallel_config("loky", n_jobs=n_jobs, inner_max_num_threads=1):
+        with local_workers(n_jobs):
             yield
         return
     if backend != "dask":
@@ -298,19 +295,6 @@ def _workers(backend: str, address: str | None, n_jobs: int) -> Iterator[None]:
     finally:
         if address:
             client.close()
-
-
-@contextmanager
-def _workers_ignore_ctrl_c() -> Iterator[None]:
-    """Processes started inside leave Ctrl-C to this one, which answers it with one line."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _labels(config: Config) -> dict:

@@ -253,6 +253,7 @@ def windows(text: Tensor, first: Tensor, context: int) -> Tensor:
 
 def record_steps(steps: int, evals: int) -> list[int]:
     """After how many steps a record is made: `evals` of them (all, if there are fewer), the last one at the end."""
+    evals = min(steps, evals)
     return sorted({math.ceil(steps * i / evals) for i in range(1, evals + 1)})
 
 
