@@ -39,13 +39,14 @@ from .flags import (
     number,
     numbers,
     path_field,
+    require_one_of,
     size_field,
     train_fields,
 )
-from .grids import WIDTHS
+from .grids import OPTIONS, SIZES, WIDTHS
 from .model import MiniMoE
 from .outputs import figure_file, writable_file
-from .room import require_blocks, require_memory
+from .room import require_countable, require_memory
 from .step import TrainOptions
 from .sweeps import read_sweep, sweep
 from .tables import PARAMETRIZATIONS
@@ -54,6 +55,7 @@ from .transfer import sentence, summary, transfer_report
 from .verdicts import exponents, exponents_text
 
 NAMES = f"of {', '.join(PARAMETRIZATIONS)}"
+AXES = (*SIZES, *OPTIONS, "steps")
 DEMO_STEPS = 140  # enough for SP's optimum to move by an octave per doubling, and two minutes on two cores
 
 EPILOG = """\
@@ -112,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     usual = f"(default {' '.join(map(str, WIDTHS))})"
     many.add_argument("--widths", type=flag(integer), nargs="+", help=f"sizes of the residual stream {usual}")
     _add_path(many)
-    many.add_argument("--by", help="the axis to report (default: the one that has several values, or width)")
+    many.add_argument("--by", type=size_field, help="the axis to report (default: the one that has several values, or width)")
     add_argument(many, sweep, "parametrizations", NAMES, metavar="NAME")
     octaves = "numbers (0.01, 2^-6.5), or ranges of octaves such as 2^-10:2^-3, or :0.5 for halves"
     add_argument(many, sweep, "lrs", octaves, type=flag(numbers), metavar="LR")
@@ -124,7 +126,8 @@ def _parser() -> argparse.ArgumentParser:
 
     report = command("report", _report, "say what a run store shows: optimum, drift and regret")
     report.add_argument("store", metavar="STORE", help="a file that `sweep` or `demo` wrote")
-    add_argument(report, transfer_report, "by", "the axis of transfer: a field of Config, batch_size or steps")
+    about = "the axis of transfer: a field of Config, batch_size or steps"
+    add_argument(report, transfer_report, "by", about, type=size_field)
     report.add_argument("--figure", metavar="PNG", help="draw the curves here")
     report.add_argument(
         "--where",
@@ -238,6 +241,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> None:
+    require_one_of("--by", options.by, AXES)
     options.figure = figure_file(options.figure)
     axes, path = config_fields(options) | train_fields(options), dict(options.path)
     betas = {"betas": axes.pop("betas")} if "betas" in axes else {}
@@ -269,6 +273,7 @@ def _flat(lrs: Sequence) -> list[float]:
 
 
 def _report(options: argparse.Namespace) -> None:
+    require_one_of("--by", options.by, AXES)
     options.figure = figure_file(options.figure)
     frame = read_sweep(options.store)
     for condition in options.where:
@@ -282,6 +287,7 @@ def _coords(options: argparse.Namespace) -> None:
     fields = config_fields(options, without=("parametrization", "width"))
     if (options.along is None) != (options.sizes is None):
         raise ValueError("--along and --sizes belong together: --along depth --sizes 2 4 8")
+    require_one_of("--along", options.along, GROWING)
     if options.along == "width":
         options.widths = options.sizes
     elif options.along:
@@ -317,7 +323,7 @@ def _explain(options: argparse.Namespace) -> None:
         Config(**config_fields(options, without=("parametrization",)), parametrization=name) for name in options.parametrization
     ]
     for config in configs:
-        require_blocks(config)
+        require_countable(config)
         print(config.parametrization, "\n")
     if len(configs) > 1:
         print(marked(side_by_side(configs[0], options.parametrization)))

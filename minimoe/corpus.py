@@ -29,7 +29,10 @@ PRINTABLE = "\n" + "".join(map(chr, range(32, 127)))  # 96 symbols: pydocs' voca
 VALIDATION_FRACTION = 0.1
 PYDOCS_RECIPE = 1  # part of the cache file's name: raise it when `_pydocs_text` changes
 PYDOCS_SHA256 = {  # of the texts that a cache may hold, by Python: anybody may have written the file
+    "3.11.2": ("089a7a56baaffbe63d9a00f37c3a263dd4cd3d2c89aba19c0ab1bc93ae117894",),  # Debian's
     "3.11.7": ("64789c26d17d762609557f2d4e171b3c6fa9e51616fa14d0293a97a53c42bd58",),
+    "3.12.1": ("b8d60813a7d9ecac6b610f1e184adf8865e4684124f6202dd1f0a2606bba154d",),
+    "3.13.0": ("260d885fb424d1324bef7a06c687b8d26a1f2f4f82199ab45d68c305919920c9",),
 }
 PYDOCS_BYTES = 10_000_000  # at most
 CHUNK = 1 << 20  # characters

@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from .config import Config
 from .grids import STEPS
@@ -106,6 +106,12 @@ def path_field(text: str) -> tuple[str, list]:
 def size_field(text: str) -> str:
     """n-experts -> n_experts."""
     return text.replace("-", "_")
+
+
+def require_one_of(name: str, value: str | None, known: Sequence[str]) -> None:
+    """Raise ValueError, before any work, unless the flag's value is a known one, or was not given."""
+    if value is not None and value not in known:
+        raise ValueError(f"{name} {value}: must be one of {', '.join(known)}")
 
 
 def _kind(f: dataclasses.Field) -> type:

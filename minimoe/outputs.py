@@ -17,9 +17,9 @@ def figure_file(name: str | None) -> Path | None:
         return None
     if os.path.isdir(name) or name.endswith(("/", os.sep)):
         raise IsADirectoryError(f"--figure {name}: it is a folder; give a file in it, such as {Path(name) / 'curves.png'}")
-    path = Path(name) if Path(name).suffix else Path(f"{name}.png")
+    path = Path(name) if Path(name).suffix or os.path.exists(name) else Path(f"{name}.png")
     kinds = FigureCanvasBase.get_supported_filetypes()
-    if path.suffix[1:].lower() not in kinds:
+    if path.suffix and path.suffix[1:].lower() not in kinds:
         raise ValueError(f"--figure {name}: its ending must be one of {', '.join(sorted(kinds))}")
     return writable_file("--figure", path)
 
@@ -29,6 +29,8 @@ def writable_file(flag: str, path: str | os.PathLike | None) -> Path | None:
     if not path:
         return None
     path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(f"{flag} {path} is a device: give a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         there = path.exists()

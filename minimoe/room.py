@@ -13,6 +13,7 @@ COPIES = 16  # bytes of a parameter in training: the weight, its gradient and Ad
 BLOCK = 10_000  # bytes of a block's Python objects, without its weights
 KEPT = 8  # values per token and channel that each block keeps for the backward pass: from below
 STEP = 100  # bytes of a step's loss in the trace
+MOST = 2**60  # parameters, whose bytes torch counts in 63 bits
 BLAMED = ("width", "depth", "n_experts", "expert_ratio", "granularity", "top_k", "vocab_size", "context")
 
 
@@ -45,9 +46,12 @@ def require_memory(runs: Iterable[tuple], here: bool = True) -> None:
             raise ValueError(f"{name}={value}: a run needs at least {gigabytes(need)} of memory, and {gigabytes(free)} are free")
 
 
-def require_blocks(config: Config) -> None:
-    """Raise ValueError if there are more blocks than memory could list, let alone train."""
+def require_countable(config: Config) -> None:
+    """Raise ValueError if the model has more blocks than memory can list, or more parameters than torch can count."""
     require_memory([(config, None, 0, TrainOptions())], here=False)
+    if parameters(config) > MOST:
+        name, value = _to_blame(config, TrainOptions(), 0)
+        raise ValueError(f"{name}={value}: the model would have {parameters(config):.1e} parameters")
 
 
 def _to_blame(config: Config, options: TrainOptions, steps: int) -> tuple[str, int]:

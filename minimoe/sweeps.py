@@ -18,6 +18,7 @@ import torch
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tqdm.auto import tqdm
 
+from .clusters import dask_workers
 from .config import BASED, Config, config_from_dict, config_to_dict, require, whole
 from .corpus import Corpus, load_corpus
 from .grids import planned_runs
@@ -30,7 +31,6 @@ from .tables import PARAMETRIZATIONS
 from .training import Kind, available_device, finished_runs, parts_of_one_kind
 from .workers import local_workers, results_of
 
-WAIT_FOR_WORKERS = 600  # seconds that a cluster has to bring up its first worker
 LRS = tuple(2.0**octave for octave in range(-9, -2))
 
 
@@ -278,23 +278,8 @@ def _workers(backend: str, address: str | None, n_jobs: int) -> Iterator[None]:
         return
     if backend != "dask":
         raise ValueError(f"backend={backend!r}: must be loky (this machine) or dask (a cluster)")
-    try:
-        from distributed import Client, get_client
-    except ImportError as error:
-        raise ValueError("backend='dask' needs Dask: pip install 'minimoe[cluster]'") from error
-    try:
-        client = Client(address, set_as_default=False, timeout=10) if address else get_client()
-    except (OSError, ValueError) as error:
-        advice = "start one with `dask scheduler` and give its address, e.g. address='tcp://127.0.0.1:8786'"
-        raise ValueError(f"no Dask scheduler at {address or 'hand'}: {advice}") from error
-    try:
-        if max(client.nthreads().values(), default=1) > 1:  # torch's number of threads belongs to a whole process
-            raise ValueError("a Dask worker has several threads: start workers with --nthreads 1, one for each core")
-        with joblib.parallel_config("dask", n_jobs=-1, client=client, wait_for_workers_timeout=WAIT_FOR_WORKERS):
-            yield
-    finally:
-        if address:
-            client.close()
+    with dask_workers(address):
+        yield
 
 
 def _labels(config: Config) -> dict:

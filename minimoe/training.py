@@ -183,7 +183,8 @@ def available_device(device: str | torch.device | None = None) -> torch.device:
         found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device={str(device)!r} is not available here ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"device={str(device)!r} is not available here ({str(error).splitlines()[0].split('. ')[0]})") from error
+    require(found.type != "meta", "device", str(device), "holds no values")
     return found
 
 
