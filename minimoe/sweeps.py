@@ -31,6 +31,9 @@ from .tables import PARAMETRIZATIONS
 from .training import Kind, available_device, finished_runs, parts_of_one_kind
 from .workers import local_workers, results_of
 
+DIED = "a worker process died, perhaps for lack of memory"
+LOST = "the Dask scheduler died"
+ENDS = {"KilledWorker": DIED, "CommClosedError": LOST, "FutureCancelledError": LOST}  # Dask's, which need not be installed
 LRS = tuple(2.0**octave for octave in range(-9, -2))
 
 
@@ -189,7 +192,7 @@ def _stopped(stop: BaseException, runs: int, done: int, store: RunStore | None) 
     )
     if isinstance(stop, KeyboardInterrupt):
         return KeyboardInterrupt(f"sweep stopped; {kept}")
-    return RuntimeError(f"a worker process died, perhaps for lack of memory; {kept}, with fewer n_jobs if need be")
+    return RuntimeError(f"{stop}; {kept}, with fewer n_jobs if need be")
 
 
 def _with_progress(finished: Iterator[list[dict]], missing: list[dict], progress: bool) -> Iterator[list[dict]]:
@@ -215,7 +218,7 @@ def _cost(cell: dict) -> float:
 
 
 class _WorkerDied(Exception):
-    """A process that trained was ended from outside."""
+    """A process that trained, or gave out the work, was ended from outside; the message says which."""
 
 
 def _parts(missing: list[dict], device, at_once: int | None, backend: str, store: RunStore | None) -> Iterator[list[dict]]:
@@ -262,10 +265,10 @@ def _executed(jobs: Iterator[tuple], n_jobs: int, backend: str, address: str | N
         try:
             yield from results_of(pool, (joblib.delayed(finished_runs)(*job) for job in jobs))
         except TerminatedWorkerError as error:
-            raise _WorkerDied from error
+            raise _WorkerDied(DIED) from error
         except Exception as error:
-            if type(error).__name__ == "KilledWorker":  # Dask's, which need not be installed
-                raise _WorkerDied from error
+            if type(error).__name__ in ENDS:
+                raise _WorkerDied(ENDS[type(error).__name__]) from error
             raise
 
 
