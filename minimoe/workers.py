@@ -26,7 +26,8 @@ def results_of(pool: joblib.Parallel, jobs: Iterable) -> Iterator:
     with _ctrl_c_ignored_by_children():
         results = pool(jobs)
     try:
-        yield from results
+        for result in results:  # noqa: UP028 (`yield from` would close the pool outside of the filter below)
+            yield result
     finally:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # joblib's advice on a generator that is closed early
