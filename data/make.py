@@ -74,6 +74,9 @@ AT_64_EXPERTS = (
 ROUTER_CELL_ARMS = ("router mup's LR", "router mup's init")
 SCREENED_ARMS = [name for name in ARMS if name not in ROUTER_CELL_ARMS]
 SCREENED_EXPERT_ARMS = [name for name in EXPERT_ARMS if name not in {*DOSES, AT_64_EXPERTS[-1]}]
+HIDDEN_X4 = PARAMETRIZATIONS["mup"].replace("attention", "mup, hidden LR x 4", lr=4 / fan_in)  # a base that was tuned
+for _role in ("experts_up", "experts_down"):
+    HIDDEN_X4 = HIDDEN_X4.replace(_role, HIDDEN_X4.name, lr=4 / fan_in)
 SMALL = {"base_width": 16}  # width 64 is four times that, at a third of the price of 128
 
 
@@ -158,14 +161,14 @@ def balance() -> None:
     expert_count_runs(AT_64_EXPERTS, EXPERT_HALVES, SEEDS, experts=(64,), name="balance")
 
 
-def tiny(name: str) -> Plan:
+def tiny(name: str, **changes) -> Plan:
     """transformers' Mixtral or OLMoE in a tiny size, as the library initialises it, adopted; its base width is 64."""
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 64, "vocab_size": 96}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2}
     no_tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     kinds = {"mixtral": (MixtralConfig, {"num_local_experts": 8}), "olmoe": (OlmoeConfig, {"num_experts": 8})}
     made, experts = kinds[name]
-    config = made(**sizes, **heads, **no_tokens, **experts, tie_word_embeddings=False)
+    config = made(**sizes, **heads, **no_tokens, **experts, **changes, tie_word_embeddings=False)
     return adopt(growing(config, "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"), 128, 64)
 
 
@@ -176,6 +179,12 @@ def adopted() -> None:
         store = SWEEPS / f"adopted_{name}.jsonl"
         lrs = [2.0**octave for octave in range(-11, -5)]
         adopted_sweep(tiny(name), (64, 128, 256), (AS_IT_IS, "mup"), lrs, SEEDS, 400, options=options, store=store, n_jobs=2)
+    higher, store = [2.0**octave for octave in range(-10, -4)], SWEEPS / "adopted_mixtral_init.jsonl"
+    large = tiny("mixtral", initializer_range=0.1)  # five times the library's
+    adopted_sweep(large, (64, 256), (AS_IT_IS, "mup"), higher, SEEDS, 400, options=options, store=store, n_jobs=2)
+    lower = [2.0**octave for octave in range(-13, -7)]  # the hidden weights' LR is four times that
+    store = SWEEPS / "adopted_mixtral_tuned.jsonl"
+    adopted_sweep(tiny("mixtral"), (64, 128, 256), (HIDDEN_X4,), lower, SEEDS, 400, options=options, store=store, n_jobs=2)
 
 
 def coordinates() -> None:

@@ -25,6 +25,7 @@ _HOMES = {
         "check_coordinates",
         "check_gates",
         "check_mended",
+        "check_missed",
         "check_router_row",
         "check_sign_step",
         "shipped",

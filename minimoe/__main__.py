@@ -19,8 +19,11 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from . import flags
+from .adoption import adopt
+from .causal import imported
 from .conditions import rows_where
-from .config import Config
+from .config import Config, require
 from .coordinate_figures import coordinate_curves
 from .coordinates import ROUTINGS, coordinate_check, size_axis
 from .coordinates import SIZES as GROWING
@@ -32,13 +35,12 @@ from .figures import lr_curves
 from .flags import (
     add_argument,
     add_config,
+    add_path,
     add_training,
     config_fields,
-    flag,
     integer,
     number,
     numbers,
-    path_field,
     require_one_of,
     size_field,
     train_fields,
@@ -58,17 +60,6 @@ NAMES = f"of {', '.join(PARAMETRIZATIONS)}"
 AXES = (*SIZES, *OPTIONS, "steps")
 DEMO_STEPS = 140  # enough for SP's optimum to move by an octave per doubling, and two minutes on two cores
 
-EPILOG = """\
-examples:
-  minimoe demo                                             the picture: loss against learning rate, a curve per width
-  minimoe explain --width 512 --parametrization simplep mup    what each rule does to each tensor
-  minimoe coords --parametrization simplep                 which tensors grow with width, and the cell that is to blame
-  minimoe sweep --widths 32 64 --lrs 2^-8:2^-4 --seeds 0 1 --store runs/my.jsonl
-  minimoe report runs/my.jsonl --figure my.png             optimum, drift and regret of what is in a store
-  minimoe train --width 128 --lr 2^-6 --steps 2000 --save model.pt
-  minimoe sample model.pt --prompt "Return the "
-"""
-
 
 def run(arguments: list[str] | None = None) -> None:
     """Run one command. Raises what `entry.main` says in one line."""
@@ -85,7 +76,10 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = _Parser(
-        "minimoe", description="muP for Mixture-of-Experts, to read, run and check.", epilog=EPILOG, formatter_class=formatter
+        "minimoe",
+        description="muP for Mixture-of-Experts, to read, run and check.",
+        epilog=flags.EPILOG,
+        formatter_class=formatter,
     )
     commands = parser.add_subparsers(required=True, metavar="command")
 
@@ -99,9 +93,9 @@ def _parser() -> argparse.ArgumentParser:
 
     one = command("train", _train, "train one model\n\nPrints its history of losses; --save keeps it for `minimoe sample`.")
     add_config(one)
-    add_argument(one, explain, "lr", "base learning rate, e.g. 0.01 or 2^-6", type=flag(number))
+    add_argument(one, explain, "lr", "base learning rate, e.g. 0.01 or 2^-6", type=number)
     add_training(one)
-    one.add_argument("--seed", type=flag(integer), default=0, help="of the initial weights and the data order (default 0)")
+    one.add_argument("--seed", type=integer, default=0, help="of the initial weights and the data order (default 0)")
     one.add_argument("--save", metavar="FILE", help="write the trained model here")
 
     many = command(
@@ -112,16 +106,16 @@ def _parser() -> argparse.ArgumentParser:
         "option with several values is an axis of the grid: --depth 2 8 32.",
     )
     usual = f"(default {' '.join(map(str, WIDTHS))})"
-    many.add_argument("--widths", type=flag(integer), nargs="+", help=f"sizes of the residual stream {usual}")
-    _add_path(many)
+    many.add_argument("--widths", type=integer, nargs="+", help=f"sizes of the residual stream {usual}")
+    add_path(many)
     many.add_argument("--by", type=size_field, help="the axis to report (default: the one that has several values, or width)")
     add_argument(many, sweep, "parametrizations", NAMES, metavar="NAME")
     octaves = "numbers (0.01, 2^-6.5), or ranges of octaves such as 2^-10:2^-3, or :0.5 for halves"
-    add_argument(many, sweep, "lrs", octaves, type=flag(numbers), metavar="LR")
-    add_argument(many, sweep, "seeds", "of initial weights and data order", type=flag(integer))
+    add_argument(many, sweep, "lrs", octaves, type=numbers, metavar="LR")
+    add_argument(many, sweep, "seeds", "of initial weights and data order", type=integer)
     add_config(many, without=("width", "parametrization"), several=True)
     add_training(many, several=True)
-    many.add_argument("--jobs", type=flag(integer), help="processes on a CPU (default: one per core)")
+    many.add_argument("--jobs", type=integer, help="processes on a CPU (default: one per core)")
     _add_sweep_outputs(many, store="runs/sweep.jsonl", figure=None)
 
     report = command("report", _report, "say what a run store shows: optimum, drift and regret")
@@ -146,40 +140,37 @@ def _parser() -> argparse.ArgumentParser:
         "grow together: --path width=64,128,256 n_experts=4,8,16.",
     )
     coords.add_argument("--along", type=size_field, help=f"the size that grows: {', '.join(GROWING)} (default width)")
-    coords.add_argument("--sizes", type=flag(integer), nargs="+", help="its values")
-    _add_path(coords)
+    coords.add_argument("--sizes", type=integer, nargs="+", help="its values")
+    add_path(coords)
     add_argument(coords, coordinate_check, "parametrization", NAMES, nargs="+", metavar="NAME")
     usual = " ".join(map(str, CHECKED_WIDTHS))
-    coords.add_argument("--widths", type=flag(integer), nargs="+", help=f"sizes of the residual stream (default {usual})")
-    add_argument(coords, coordinate_check, "steps", "optimiser steps", type=flag(integer))
-    add_argument(coords, coordinate_check, "seeds", "of initial weights and data order", type=flag(integer))
-    add_argument(coords, coordinate_check, "lr", "constant learning rate", type=flag(number))
+    coords.add_argument("--widths", type=integer, nargs="+", help=f"sizes of the residual stream (default {usual})")
+    add_argument(coords, coordinate_check, "steps", "optimiser steps", type=integer)
+    add_argument(coords, coordinate_check, "seeds", "of initial weights and data order", type=integer)
+    add_argument(coords, coordinate_check, "lr", "constant learning rate", type=number)
     add_argument(coords, coordinate_check, "corpus", "pydocs, shakespeare or a UTF-8 text file")
     add_argument(coords, coordinate_check, "routing", "see `coordinate_check`", choices=ROUTINGS)
-    coords.add_argument("--jobs", type=flag(integer), help="processes on a CPU (default: one per core)")
+    coords.add_argument("--jobs", type=integer, help="processes on a CPU (default: one per core)")
     coords.add_argument("--device", help="cpu or cuda (default: a GPU when there is one)")
     coords.add_argument("--csv", metavar="FILE", help="write the whole exponents table here")
     coords.add_argument("--figure", default="runs/coords.png", metavar="PNG", help="draw it here (default runs/coords.png)")
     add_config(coords, without=("parametrization", "width"), several=True)
 
     rules = command("explain", _explain, "show a parametrization's table, and what it gives each tensor")
+    rules.add_argument("model", nargs="?", metavar="MODULE:FUNCTION", help="makes a model of yours at a width: mymodel:build")
     rules.add_argument("--parametrization", nargs="+", default=[Config.parametrization], metavar="NAME", help=NAMES)
-    add_argument(rules, explain, "lr", "base learning rate of effective_lr", type=flag(number))
+    rules.add_argument("--json", action="store_true", help="of a model of yours: as JSON, for other trainers")
+    add_argument(rules, explain, "lr", "base learning rate of effective_lr", type=number)
     add_config(rules, without=("parametrization",))
 
     sample = command("sample", _sample, "let a trained model write")
     sample.add_argument("model", metavar="FILE", help="a file that `train --save` wrote")
     sample.add_argument("--corpus", default="pydocs", help="the corpus it was trained on (default pydocs)")
     sample.add_argument("--prompt", help="text to begin with (default: the corpus's first character)")
-    sample.add_argument("--length", type=flag(integer), default=400, help="characters to write (default 400)")
-    sample.add_argument("--temperature", type=flag(number), default=0.8, help="0 takes the likeliest character (default 0.8)")
-    sample.add_argument("--seed", type=flag(integer), default=0)
+    sample.add_argument("--length", type=integer, default=400, help="characters to write (default 400)")
+    sample.add_argument("--temperature", type=number, default=0.8, help="0 takes the likeliest character (default 0.8)")
+    sample.add_argument("--seed", type=integer, default=0)
     return parser
-
-
-def _add_path(parser: argparse.ArgumentParser) -> None:
-    about = "sizes that grow together, e.g. width=32,64,128 n_experts=4,8,16"
-    parser.add_argument("--path", type=flag(path_field), nargs="+", default=[], metavar="FIELD=A,B", help=about)
 
 
 def _add_sweep_outputs(parser: argparse.ArgumentParser, store: str, figure: str | None) -> None:
@@ -319,9 +310,11 @@ def _coords(options: argparse.Namespace) -> None:
 
 
 def _explain(options: argparse.Namespace) -> None:
-    configs = [
-        Config(**config_fields(options, without=("parametrization",)), parametrization=name) for name in options.parametrization
-    ]
+    if options.model:
+        return _explain_adopted(options)
+    require(not options.json, "--json", True, "is for a model of yours")
+    fields = config_fields(options, without=("parametrization",))
+    configs = [Config(**fields, parametrization=name) for name in options.parametrization]
     for config in configs:
         require_countable(config)
         print(config.parametrization, "\n")
@@ -333,6 +326,15 @@ def _explain(options: argparse.Namespace) -> None:
         print(table if len(configs) == 1 else "\n".join([f"{config.parametrization.name}:", *table.reasons()]))
         counted = table.groupby("role", sort=False).parameters.sum()
         print(f"\n{counted.sum()} parameters: " + ", ".join(f"{role} {count}" for role, count in counted.items()), "\n")
+
+
+def _explain_adopted(options: argparse.Namespace) -> None:
+    sizes = (options.width, options.base_width)
+    require(all(sizes), "--width and --base-width", sizes, "are both needed for a model of yours")
+    plan = adopt(imported(options.model), *sizes)
+    for name in options.parametrization:
+        text = "\n".join([f"{name}:", str(plan.explain(name, options.lr)), "", *plan.notes()])
+        print(plan.to_json(name) if options.json else text)
 
 
 def _sample(options: argparse.Namespace) -> None:

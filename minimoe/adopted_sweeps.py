@@ -28,7 +28,7 @@ from .tables import parametrization
 from .training import TextData, one_thread, record_steps, windows
 
 CONTEXT = 64  # characters of a sequence
-BASE = "base"  # in place of a table's name, in a store: at the base width all tables are one run
+BASE = "base"  # in place of a table's name, in a store: at the base width all tables without coefficients are one run
 
 
 def adopted_sweep(
@@ -46,8 +46,8 @@ def adopted_sweep(
 ) -> pd.DataFrame:
     """Train the plan's model over tables x widths x lrs x seeds; one row per cell, for `transfer_report` and `lr_curves`.
 
-    store: a file of one JSON line per finished run; what it holds is not trained again. At the base width all tables are one
-    run, trained once. n_jobs: processes of one thread each.
+    store: a file of one JSON line per finished run; what it holds is not trained again. At the base width tables whose
+    coefficients are 1 are one run, trained once. n_jobs: processes of one thread each.
 
     Columns: parametrization, width, lr, seed, steps, train_loss (mean over the last 10% of the steps), val_loss (nats per
     character; infinite if the run diverged), diverged, seconds, history (records of step, train_loss and val_loss).
@@ -63,8 +63,10 @@ def adopted_sweep(
     settings = {"steps": steps, "corpus_digest": corpus.digest, "batch_size": options.batch_size, "base_width": plan.base_width}
     done = {_key(row): row for row in _read(store, settings)}
 
+    neutral = {table.name for table in tables if _is_neutral(plan.at(plan.base_width), table)}
+
     def cell(table: Parametrization, width: int, lr: float, seed: int) -> dict:
-        name = BASE if width == plan.base_width else table.name
+        name = BASE if width == plan.base_width and table.name in neutral else table.name
         return {"parametrization": name, "width": width, "lr": float(lr), "seed": seed}
 
     longest_first = [cell(*values) for values in product(tables, sorted(widths, reverse=True), lrs, seeds)]
@@ -85,12 +87,17 @@ def adopted_sweep(
 
 
 def read_adopted(store: str | Path, base_width: int) -> pd.DataFrame:
-    """The rows of a store of `adopted_sweep`, each run of the base width once for every table."""
+    """The rows of a store of `adopted_sweep`, each run that all tables share at the base width once for every table."""
     frame = pd.DataFrame(_read(Path(store), {}))
-    tables = [name for name in frame.parametrization.unique() if name != BASE]
-    base = frame[frame.width == base_width]
-    shared = [base.assign(parametrization=name) for name in tables]
-    return pd.concat([*shared, frame[frame.width != base_width]], ignore_index=True)
+    base, others = frame[frame.parametrization == BASE], frame[frame.parametrization != BASE]
+    own_base = set(others[others.width == base_width].parametrization)
+    shared = [base.assign(parametrization=name) for name in others.parametrization.unique() if name not in own_base]
+    return pd.concat([*shared, others], ignore_index=True)
+
+
+def _is_neutral(plan: Plan, table: Parametrization) -> bool:
+    """Whether the table leaves the base model as it is: all its coefficients are 1."""
+    return all(factor == 1 for factors in plan.factors(table).values() for factor in factors)
 
 
 def _trained(plan: Plan, table: Parametrization, cell: Mapping, corpus: Corpus, steps: int, options: TrainOptions) -> dict:

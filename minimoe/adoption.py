@@ -27,7 +27,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from .causal import Batch, Build, config_changes, logits, next_token_loss, random_tokens, rows_in_parts, tokens_of
+from .causal import Batch, Build, config_changes, logits, made_by, next_token_loss, rows_in_parts, scalings, text_for, tokens_of
 from .config import require, whole
 from .explanations import Explanation, why
 from .modules import ROUTER, check_module
@@ -51,22 +51,26 @@ def adopt(
 
     build: width -> module; see `growing` for a config of Hugging Face. base_width: where the model is known to train well; there
     every table leaves it as it is. batch: what the model is run on: token ids (B, T), or keyword arguments that contain
-    `input_ids` (default: random ids, for a model with a `config.vocab_size`). Every parameter must be used on it: experts that
-    are modules of their own need a token each. forward: (module, batch) -> logits, for a model that is called otherwise.
-    roles: parameter's name or pattern -> one of `roles_by_use.ROLES`, or (role, the axes that its product sums over). A role
-    that is given counts before one that is traced.
+    `input_ids` (default: characters of the default corpus, for a model with a `config.vocab_size`). Every parameter must be
+    used on it: experts that are modules of their own need a token each. forward: (module, batch) -> logits, for a model that is
+    called otherwise. roles: parameter's name or pattern -> one of `roles_by_use.ROLES`, or (role, the axes that its product
+    sums over). A role that is given counts before one that is traced.
 
     Raises Refused, a ValueError, with one line for each parameter whose role or kind stays open, and the remedy.
     """
     for name, value in (("width", width), ("base_width", base_width)):
         require(whole(value, 1), name, value, "must be a positive integer")
     require(width != base_width, "width", width, "must differ from base_width: a kind is what grows between the two")
-    base, wide = _made(build, base_width, 0), _made(build, width, 0)
-    batch = random_tokens(base) if batch is None else batch
-    traces = [traced(module, lambda module=module: forward(module, batch)) for module in (base, wide)]
-    scalings = {path: value for path, value in _scalings(base).items() if _scalings(wide).get(path, value) != value}
-    found = adopted(wide, base, traces, given_roles(roles or {}), [_scalings(wide)[path] for path in scalings])
-    return Plan(build, width, base_width, batch, forward, tuple(found), traces[0], config_changes(base, wide), scalings)
+    base, wide = made_by(build, base_width, 0), made_by(build, width, 0)
+    seen = batch
+    if batch is None:
+        batch = text_for(base)
+        seen = batch[:8]  # enough to be traced on
+    traces = [traced(module, lambda module=module: forward(module, seen)) for module in (base, wide)]
+    before, after = scalings(base), scalings(wide)
+    growing = {path: value for path, value in before.items() if after.get(path, value) != value}
+    found = adopted(wide, base, traces, given_roles(roles or {}), [after[path] for path in growing])
+    return Plan(build, width, base_width, batch, forward, tuple(found), traces[0], config_changes(base, wide), growing)
 
 
 class Factors(NamedTuple):
@@ -159,14 +163,18 @@ class Plan:
         for bit. Raises Refused where the table has no rule for a parameter.
         """
         table = parametrization(table)
-        factors, base, model = self.factors(table), _made(self.build, self.base_width, seed), _made(self.build, self.width, seed)
+        factors, base, model = (
+            self.factors(table),
+            made_by(self.build, self.base_width, seed),
+            made_by(self.build, self.width, seed),
+        )
         for own in self.parameters:
             param, std, start = model.get_parameter(own.name), factors[own.name].std, factors[own.name].start
             if own.role in VECTORS:
                 mean = param.mean()
                 param.copy_(mean * start + (param - mean) * std) if (std, start) != (1, 1) else None
             elif std != 1 or own.shape != own.base_shape:
-                before, after = (_std(module.get_parameter(own.name)) for module in (base, model))
+                before, after = (m.get_parameter(own.name).float().std(correction=0).item() for m in (base, model))
                 param.mul_(before * std / after if after else 1.0)
         self.adjust(model, table)
         self.made[:] = model, table
@@ -247,7 +255,7 @@ class Plan:
         factors, rows = self.factors(table), {}
         for own in self.parameters:
             to, rule = factors[own.name], table[own.row] if own.row else Rule()
-            row = {"name": starred(own.name), "role": own.role, "kind": own.kind, "shape": own.shape}
+            row = {"name": own.tensor, "role": own.role, "kind": own.kind, "shape": own.shape}
             row |= {"fan_in": own.terms, "ratio": own.ratio, "init_std": to.std, "lr": to.lr, "effective_lr": lr * to.lr}
             row |= {"eps": to.eps, "weight_decay": to.weight_decay, "why": why(own.kind, rule, float(own.ratio != 1))}
             rows[tuple(row.values())] = row
@@ -258,7 +266,7 @@ class Plan:
         said = [f"width {self.base_width} -> {self.width}" + (f": {', '.join(self.changed)}" if self.changed else "")]
         expected = {"output": ("router", "unembedding", "tied"), "input": ("embedding", *VECTORS)}
         for kind, sums in (("output", "a growing size into a fixed one"), ("input", "a fixed size into a growing one")):
-            names = {starred(own.name) for own in self.parameters if own.kind == kind and own.role not in expected[kind]}
+            names = {own.tensor for own in self.parameters if own.kind == kind and own.role not in expected[kind]}
             if names:
                 said.append(f"of {kind} kind, as each sums over {sums}: {', '.join(sorted(names))}")
         if self.tied:
@@ -268,7 +276,7 @@ class Plan:
             said.append(
                 "the head size grows: `adjust` sets the modules' `scaling` to 1 / head size, and a saved model needs it again"
             )
-        if idle := {starred(name) for name in self.trace.without_gradient}:
+        if idle := {own.tensor for own in self.parameters if own.name in self.trace.without_gradient}:
             said.append(f"used, and without a gradient: {', '.join(sorted(idle))}")
         said.append("multipliers are folded: exact under Adam and AdamW, not under clipping by the gradient's norm")
         return said
@@ -293,7 +301,7 @@ class Plan:
 
     def at(self, width: int) -> Plan:
         """The same plan for another width."""
-        model = _made(self.build, width, 0)
+        model = made_by(self.build, width, 0)
         shapes = [tuple(model.get_parameter(own.name).shape) for own in self.parameters]
         parameters = tuple(own._replace(shape=shape) for own, shape in zip(self.parameters, shapes, strict=True))
         return replace(self, width=width, parameters=parameters, made=[])
@@ -331,29 +339,6 @@ class Plan:
 
         kinds = {own.name: kind(own) for own in self.parameters}
         return check_module(built, widths, loss, batches, probe, seeds=seeds, kinds=kinds, name=table.name)
-
-
-def starred(name: str) -> str:
-    """The name with * for each number: layers.3.mlp.gate -> layers.*.mlp.gate."""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
-
-
-def _made(build: Build, width: int, seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    module = build(width)
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"build must return a torch.nn.Module, got {type(module).__name__}")
-    return module
-
-
-def _scalings(module: nn.Module) -> dict[str, float]:
-    """Path of an attention module -> what it multiplies its scores by, where it says so: transformers' `scaling`."""
-    named = ((path, getattr(part, "scaling", None)) for path, part in module.named_modules())
-    return {path: value for path, value in named if isinstance(value, float)}
-
-
-def _std(param: Tensor) -> float:
-    return param.detach().float().std(correction=0).item()
 
 
 def _warn(optimizer: type, max_grad_norm: float | None) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import require, whole
+from .corpus import load_corpus
 
 Batch = Tensor | Mapping[str, Tensor]  # token ids (B, T), or keyword arguments that contain `input_ids`
 Build = Callable[[int], nn.Module]
@@ -34,11 +38,16 @@ def next_token_loss(scores: Tensor, tokens: Tensor) -> Tensor:
     return F.cross_entropy(scores[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
-def random_tokens(module: nn.Module) -> Tensor:
-    """(8, 64) token ids below `module.config.vocab_size`, always the same. Raises ValueError for a module that has none."""
+def text_for(module: nn.Module) -> Tensor:
+    """(64, 64) characters of the default corpus as token ids, for a module with a `config.vocab_size`, always the same.
+
+    Real text: on random tokens nothing that a step learns lowers the loss of other tokens. Raises ValueError for other modules.
+    """
     vocabulary = getattr(getattr(module, "config", None), "vocab_size", None)
-    require(whole(vocabulary, 1), "batch", None, "is needed: the model has no config.vocab_size to draw random tokens from")
-    return torch.randint(vocabulary, (8, 64), generator=torch.Generator().manual_seed(0))
+    require(whole(vocabulary, 1), "batch", None, "is needed: the model has no config.vocab_size, and its tokens are not known")
+    train = load_corpus("pydocs").train
+    first = np.linspace(0, len(train) - 64, 64).astype(int)
+    return torch.from_numpy(train[first[:, None] + np.arange(64)].astype(np.int64)) % vocabulary
 
 
 def rows_in_parts(batch: Batch, number: int) -> list[Batch]:
@@ -76,6 +85,21 @@ def growing(config: Any, width_field: str, *fields: str) -> Build:
     return build
 
 
+def imported(path: str) -> Build:
+    """The function that `module:function` names, also of a module in the current folder. Raises ValueError if there is none."""
+    name, _, function = path.partition(":")
+    require(name and function, "model", path, "must be MODULE:FUNCTION, e.g. mymodel:build")
+    sys.path.insert(0, "")
+    try:
+        build = getattr(import_module(name), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"model={path!r}: {error}") from error
+    finally:
+        sys.path.remove("")
+    require(callable(build), "model", path, "names no function")
+    return build
+
+
 def config_changes(base: nn.Module, wide: nn.Module) -> tuple[str, ...]:
     """The fields of Hugging Face configs that differ between two models; empty for models without."""
     configs = [getattr(module, "config", None) for module in (base, wide)]
@@ -83,3 +107,18 @@ def config_changes(base: nn.Module, wide: nn.Module) -> tuple[str, ...]:
         return ()
     before, after = (config.to_dict() for config in configs)
     return tuple(f"{name} {before.get(name)} -> {value}" for name, value in after.items() if before.get(name) != value)
+
+
+def made_by(build: Build, width: int, seed: int) -> nn.Module:
+    """The module at this width, made after `torch.manual_seed(seed)`. Raises TypeError where it is none."""
+    torch.manual_seed(seed)
+    module = build(width)
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"build must return a torch.nn.Module, got {type(module).__name__}")
+    return module
+
+
+def scalings(module: nn.Module) -> dict[str, float]:
+    """Path of an attention module -> what it multiplies its scores by, where it says so: transformers' `scaling`."""
+    named = ((path, getattr(part, "scaling", None)) for path, part in module.named_modules())
+    return {path: value for path, value in named if isinstance(value, float)}

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import Config
 from .mutations import mystery
@@ -22,6 +23,9 @@ from .parametrization import CELLS, Monomial, Parametrization, as_monomial
 from .tables import PARAMETRIZATIONS
 from .theory import predicted_exponents
 from .transfer import mean_losses
+
+if TYPE_CHECKING:
+    from .adoption import Plan
 
 DATA = Path(__file__).parent.parent / "data"  # beside the package, in a checkout; MINIMOE_DATA names another folder
 NEAR = 0.25  # how far a measured exponent may be from the law's
@@ -223,3 +227,18 @@ def check_allocation(book: Callable[[Mapping, Mapping, Mapping, Mapping], Mappin
     fall = sum(right.values())
     require(close(right), f"yours add up to {sum(found.values()):+.3f}, but the loss falls by {fall:+.3f}")
     return "Right: the allocations add up to the fall of the loss."
+
+
+def check_missed(missed: Callable[[nn.Module, Plan], Iterable[str]], module: nn.Module, plan: Plan) -> str:
+    """missed(module, plan) -> the names of the parameters that sum over a growing size (hidden or output kind), and are not the
+    weight of an nn.Linear."""
+    found, kinds = set(asked(missed, module, plan)), {own.name: own.kind for own in plan.parameters}
+    linear = {f"{path}.weight" for path, part in module.named_modules() if isinstance(part, nn.Linear)}
+    right = {name for name, kind in kinds.items() if kind in ("hidden", "output")} - linear
+    for name in sorted(map(str, found - right)):
+        require(name in kinds, f"{name} is no parameter of the plan: give the names of plan.parameters")
+        require(name not in linear, f"{name} is the weight of an nn.Linear: the rule sees it")
+        require(False, f"{name} is of {kinds[name]} kind: it sums over no growing size, and muP leaves its numbers as they are")
+    kinds_left = sorted({kinds[name] for name in right - found})
+    require(found == right, f"there are {len(right)}; yours are {len(found)}. What is left is of {' and '.join(kinds_left)} kind")
+    return f"Right: {len(right)} parameters."

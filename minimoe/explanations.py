@@ -1,16 +1,14 @@
-"""What a parametrization does to each tensor of a model, ours or another, and why."""
+"""What a parametrization does to each tensor of a model, and why."""
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from html import escape
 
 import pandas as pd
-import torch
 from torch import nn
 
 from .config import Config, require
@@ -18,12 +16,9 @@ from .identity import declared
 from .model import MiniMoE
 from .parametrization import Parametrization, Rule, require_distinct_names
 from .probe import sites
-from .roles import AT_BASE, RoleParameter, numbers
-from .tables import PARAMETRIZATIONS, parametrization
-from .theory import KINDS, MUP_INIT, Growth, as_wanted, kind, kinds, law, predicted_exponents
-
-ROLE_OF_KIND = {"input": "embedding", "hidden": "attention", "output": "unembedding"}  # whose row of muP's table applies
-Axes = int | Sequence[int] | None
+from .roles import AT_BASE, numbers
+from .tables import parametrization
+from .theory import KINDS, MUP_INIT, Growth, as_wanted, kinds, law, predicted_exponents
 
 
 class Explanation(pd.DataFrame):
@@ -43,80 +38,27 @@ class Explanation(pd.DataFrame):
         table = pd.DataFrame(self.drop(columns="why")).to_html(index=False, float_format="{:.4g}".format, border=0)
         return table + "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in self.reasons()) + "</ul>"
 
-    def param_groups(self, module: nn.Module, lr: float, eps: float = 1e-8, weight_decay: float = 0.0) -> list[dict]:
-        """Groups for `torch.optim.AdamW` over the explained module: every parameter with muP's lr, eps and weight_decay.
-
-        The module's forward pass stays as it is: a multiplier is folded into init, LR, eps and decay (the abc symmetry, see
-        `tables.shift`). Raises ValueError for an lr that is not positive and finite, or an explanation of a Config.
-        """
-        require(math.isfinite(lr) and lr > 0, "lr", lr, "must be positive and finite")
-        groups: dict[tuple, dict] = {}
-        for row in self._of_a_module().itertuples():
-            settings = {
-                "lr": lr * row.lr * row.multiplier,
-                "eps": eps * row.eps / row.multiplier,
-                "weight_decay": weight_decay * row.weight_decay / row.multiplier,
-            }
-            group = groups.setdefault(tuple(settings.values()), {"params": [], "names": [], **settings})
-            group["params"].append(module.get_parameter(row.name))
-            group["names"].append(row.name)
-        return list(groups.values())
-
-    @torch.no_grad()
-    def initialise(self, module: nn.Module) -> nn.Module:
-        """Scale every parameter of the explained module to the std that muP gives it, from the std that it has in the module
-        that `build` made; returns the module. A constant (a gain at 1, a bias at 0) stays as it is."""
-        for row in self._of_a_module().itertuples():
-            param = module.get_parameter(row.name)
-            if std := param.std(correction=0).item():
-                param.mul_(row.base_std * row.init_std * row.multiplier / std)
-        return module
-
-    def _of_a_module(self) -> pd.DataFrame:
-        if "base_std" not in self.columns:
-            raise ValueError("this explains a Config: its model has param_groups, and is initialised by itself")
-        return pd.DataFrame(self)
-
     def reasons(self) -> list[str]:
         """One line per distinct reason, with the tensors it holds for."""
         by = "role" if "role" in self.columns else "name"
         return [f"{', '.join(dict.fromkeys(group[by]))}: {why}" for why, group in self.groupby("why", sort=False)]
 
 
-def explain(
-    subject: Config | nn.Module,
-    build: Callable[[], nn.Module] | None = None,
-    *,
-    fan_in: Mapping[str, Axes] | None = None,
-    lr: float = 2.0**-6,
-) -> Explanation:
-    """One row per tensor: what its parametrization gives it, and why.
+def explain(subject: Config | MiniMoE, *, lr: float = 2.0**-6) -> Explanation:
+    """One row per tensor: what its parametrization gives it, and why. (For a model that is not ours see `adopt`.)
 
     subject: a Config or a MiniMoE, explained under its own table. Columns: name, role, kind (of Tensor Programs V, from
     comparing its shape with that of a wider model), shape, fan_in, parameters (their number), flops (of its matrix products
     in one token's forward pass), ratio (fan_in over base fan_in), init_std, multiplier, lr (factor on the base LR),
     effective_lr (what Adam uses at the base LR `lr`), eps and weight_decay (factors) and why.
 
-    Or any other torch module, with `build`, which makes the same model at another width, its base shape: what muP would
-    do. There init_std is a factor on the base model's, which is the column base_std, and role and flops are left out; the
-    explanation can be applied, by its methods `initialise` and `param_groups`. Layouts are those of torch's
-    own layers; for a parameter of another class name the axis (or axes) it sums over in `fan_in`, by name or pattern, None
-    for a gain or bias: {"experts.up": 1, "*.norm.weight": None}. Of a stack of experts the expert axis must not grow.
-
-    Raises ValueError, naming the parameter, where the kind is not determined; TypeError for anything else to explain.
+    Raises TypeError for anything else to explain.
     """
     require(math.isfinite(lr) and lr > 0, "lr", lr, "must be positive and finite")
-    if isinstance(subject, MiniMoE):
-        subject = subject.config
-    if isinstance(subject, Config):
-        if build is not None or fan_in is not None:
-            raise ValueError("build and fan_in are for modules that are not minimoe's: a Config says all itself")
-        return Explanation(_rows_of_config(subject, lr))
-    if not isinstance(subject, nn.Module):
-        raise TypeError(f"explain takes a Config or a torch.nn.Module, got {type(subject).__name__}")
-    if build is None:
-        raise ValueError("explain needs build, a function that makes the same model at another width")
-    return Explanation(_rows_of_module(subject, build, dict(fan_in or {}), lr))
+    config = subject.config if isinstance(subject, MiniMoE) else subject
+    if not isinstance(config, Config):
+        raise TypeError(f"explain takes a Config or a MiniMoE, got {type(subject).__name__}; for other models there is adopt")
+    return Explanation(_rows_of_config(config, lr))
 
 
 def side_by_side(config: Config, tables: Iterable[str | Parametrization]) -> pd.DataFrame:
@@ -235,105 +177,3 @@ def _flops(config: Config, param: nn.Parameter) -> int:
         return 0
     active = config.active_experts if param.ndim == 3 else 1  # stacked experts: (E, fan_in, fan_out)
     return 2 * active * param.shape[-2] * param.shape[-1]
-
-
-def _rows_of_module(module: nn.Module, build: Callable[[], nn.Module], fan_in: dict[str, Axes], lr: float) -> pd.DataFrame:
-    base, owners = dict(build().named_parameters()), _owners(module)
-    names = {names[0][0]: names for names in owners}
-    if set(names) != set(base):
-        only = sorted(set(names) ^ set(base))
-        raise ValueError(f"build makes a model of other parameters: {', '.join(only[:5])}{' ...' if len(only) > 5 else ''}")
-    known = [name for uses in owners for name, *_ in uses]
-    for pattern in fan_in:
-        if not any(fnmatchcase(name, pattern) for name in known):
-            raise ValueError(f"fan_in names {pattern!r}, which no parameter matches")
-    rows = [_row_of_parameter(uses, base[name], fan_in, lr) for name, uses in names.items()]
-    table = pd.DataFrame(rows)
-    if (table.kind == "fixed").all():
-        raise ValueError("build makes a model of the same shape: give it another width")
-    return table
-
-
-def _owners(module: nn.Module) -> list[list[tuple[str, nn.Module, str, nn.Parameter]]]:
-    """For each parameter all its uses: (name, the module that owns it, its name there, itself). Tied ones have several."""
-    uses: dict[int, list] = {}
-    for path, owner in module.named_modules():
-        for leaf, param in owner._parameters.items():
-            if param is not None:
-                uses.setdefault(id(param), []).append((f"{path}.{leaf}".lstrip("."), owner, leaf, param))
-    return list(uses.values())
-
-
-def _row_of_parameter(uses: list, in_base: nn.Parameter, fan_in: dict[str, Axes], lr: float) -> dict:
-    name, _, _, param = uses[0]
-    shape, base = tuple(param.shape), tuple(in_base.shape)
-    try:
-        found = {_kind_and_axes(use, base, fan_in) for use in uses}
-        if len({kind for kind, _ in found}) > 1:
-            tied = " and ".join(f"{use[0]} ({_kind_and_axes(use, base, fan_in)[0]})" for use in uses)
-            raise ValueError(f"it is tied and has two kinds: {tied}; muP has no rule for both: untie it, or name its fan_in")
-    except ValueError as error:
-        raise ValueError(f"{name} {shape}: {error}") from None
-    tensor_kind, axes = min(found)
-    size, base_size = (math.prod(sizes[axis] for axis in axes) for sizes in (shape, base))
-    rule = PARAMETRIZATIONS["mup"][ROLE_OF_KIND[tensor_kind]] if tensor_kind in ROLE_OF_KIND else Rule()
-    ratios = {"fan_in": size / base_size}
-    return {
-        "name": name,
-        "kind": tensor_kind,
-        "shape": shape,
-        "fan_in": size,
-        "parameters": param.numel(),
-        "ratio": ratios["fan_in"],
-        "base_std": in_base.detach().std(correction=0).item(),
-        "init_std": math.sqrt(rule.init_var(ratios)),
-        "multiplier": rule.multiplier(ratios),
-        "lr": rule.lr(ratios),
-        "effective_lr": lr * rule.lr(ratios),
-        "eps": rule.eps(ratios),
-        "weight_decay": rule.weight_decay(ratios),
-        "why": why(tensor_kind, rule, grows=float(size != base_size)),
-    }
-
-
-def _kind_and_axes(use: tuple, base: tuple[int, ...], fan_in: dict[str, Axes]) -> tuple[str, tuple[int, ...]]:
-    name, owner, leaf, param = use
-    shape = tuple(param.shape)
-    given = [axes for pattern, axes in fan_in.items() if fnmatchcase(name, pattern)]
-    axes = _normal(given[0], param.ndim) if given else _layout(owner, leaf, param)
-    if shape == base:
-        return "fixed", axes or ()
-    if axes is None:
-        raise ValueError(
-            f"a parameter of {type(owner).__name__}, whose layout is not known: name the axis it sums over, "
-            f"fan_in={{{name!r}: 0}}, or None if it is a gain or bias"
-        )
-    return kind(shape, base, axes), axes
-
-
-def _normal(axes: Axes, ndim: int) -> tuple[int, ...]:
-    axes = () if axes is None else (axes,) if isinstance(axes, int) else tuple(axes)
-    if any(not -ndim <= axis < ndim for axis in axes):
-        raise ValueError(f"fan_in={axes}: it has {ndim} axes")
-    return tuple(sorted(axis % ndim for axis in axes))
-
-
-NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
-
-
-def _layout(owner: nn.Module, leaf: str, param: nn.Parameter) -> tuple[int, ...] | None:
-    """The axes that a parameter of one of torch's own layers sums over; () for gains and biases, None if unknown."""
-    if isinstance(param, RoleParameter):
-        return (param.ndim - 2,) if param.ndim > 1 else ()
-    if isinstance(owner, nn.Embedding | nn.EmbeddingBag) and leaf == "weight":
-        return (0,)  # (vocabulary, width), looked up by row
-    if isinstance(owner, nn.Linear | nn.MultiheadAttention) and leaf.endswith("weight"):
-        return (1,)  # (out, in)
-    if isinstance(owner, nn.modules.conv._ConvTransposeNd) and leaf == "weight":
-        return (0, *range(2, param.ndim)) if owner.groups == 1 else None  # (in, out, *kernel); groups leave it open
-    if isinstance(owner, nn.modules.conv._ConvNd) and leaf == "weight":
-        return tuple(range(1, param.ndim))  # (out, in, *kernel)
-    layers = (nn.Linear, nn.MultiheadAttention, nn.modules.conv._ConvNd)
-    if isinstance(owner, NORMS) or (isinstance(owner, layers) and leaf in ("bias", "in_proj_bias")):
-        return ()
-    return None

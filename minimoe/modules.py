@@ -75,7 +75,7 @@ def check_module(
     allocations do not add up to the fall of the loss.
 
     kinds: parameter's name or pattern -> input, hidden, output, fixed (see `theory.KINDS`; a gain or bias that grows is an
-    input) or router, e.g. {"lm_head.*": "output", "*.gate.weight": "router"}; `explain(module, build)` has a column of
+    input) or router, e.g. {"lm_head.*": "output", "*.gate.weight": "router"}; `adopt` finds
     them. A parameter that declares a role needs none. Where the kinds are known, exponents are predicted from what the
     optimizer and the init do between the smallest and the largest size; the last output weight is taken for the head. Where
     a kind is not known, the allocation is measured alone, and muP's question is put to it as to a router's.
@@ -135,14 +135,13 @@ def _measured(module: nn.Module, optimizer: Optimizer, loss: Callable, batches: 
         yield {"step": step, "tensor": LOSS, "quantity": "fall", "value": fall}
 
 
-@torch.no_grad()
 def uses(module: nn.Module, forward: Callable[[], object]) -> dict[str, list[Callable[[Tensor], Tensor]]]:
     """Tensor's name -> functions: a tensor in its place -> what it makes of its input, one for each time that `forward` uses it.
 
     Of weights that are multiplied or looked up, also as stacks of experts. A weight that is both looked up and multiplied
     (tied) has two entries, the second under its name with READOUT behind.
     """
-    with evaluating(module), Tracing(module) as tracing:
+    with evaluating(module), torch.enable_grad(), Tracing(module) as tracing:  # without gradients torch fuses whole layers
         forward()
     found: dict[str, list] = {}
     for name, uses_of_it in tracing.trace.uses.items():

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from torch import nn
 
 from .config import require
+from .modules import layer_of
 from .theory import kind as kind_of
 from .traces import Origin, Trace, Use
 
@@ -38,6 +39,7 @@ class Adopted(NamedTuple):
     """One parameter: what it is."""
 
     name: str
+    tensor: str  # the name with * for the layer, as in a check
     role: str  # one of ROLES
     kind: str  # one of theory.KINDS
     shape: tuple[int, ...]
@@ -100,7 +102,7 @@ def adopted(
             role = role or roles.role(name, len(shapes[0]))
             axes, terms = _sum(role, axes, shapes, *(trace.uses.get(name, []) for trace in traces))
             kind = kind_of(*shapes, axes) if role not in VECTORS else "fixed" if shapes[0] == shapes[1] else "input"
-            found.append(Adopted(name, role, kind, *shapes, axes, terms))
+            found.append(Adopted(name, layer_of(base, name)[1], role, kind, *shapes, axes, terms))
         except ValueError as error:
             problems.append(f"{name} {shapes[0]}: {error}")
     stacks = {own.name for own in found if own.role.startswith("experts") and len(own.shape) > 2} - set(roles.trace.mixing)

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from .allocations import evaluating
+
 aten = torch.ops.aten
 PRODUCTS = {  # operator -> (the positions of its two factors, the product alone; None: the operator itself)
     "aten::mm": (0, 1, torch.mm),
@@ -101,7 +103,8 @@ class Trace:
     routers: set[str] = field(default_factory=set)  # their products reach a selection
     mixing: set[str] = field(default_factory=set)  # their products are factors of a product of two activations
     readouts: frozenset[str] = frozenset()  # their products reach the output
-    multiplied: set[str] = field(default_factory=set)  # what was looked up in them is a factor of such a product, as it is
+    picked: set[str] = field(default_factory=set)  # looked up at indices that a router has chosen
+    multiplied: set[str] = field(default_factory=set)  # and the rows are factors of a product of two activations
     without_gradient: frozenset[str] = frozenset()  # used, but the output does not depend on them smoothly
     numbers: dict[float, str] = field(default_factory=dict)  # factors in the forward pass -> what is multiplied
     gains: set[str] = field(default_factory=set)  # vectors that multiply an activation
@@ -110,8 +113,6 @@ class Trace:
 
 def traced(module: nn.Module, forward: Callable[[], Tensor]) -> Trace:
     """The uses of the module's parameters in `forward`, which returns the output (logits). In evaluation mode."""
-    from .allocations import evaluating
-
     with evaluating(module), torch.enable_grad(), Tracing(module) as tracing:
         output = forward()
     trace, names = tracing.trace, dict(module.named_parameters())
@@ -182,7 +183,7 @@ class Tracing(TorchDispatchMode):
         if not holds:
             for origin in (self.origin(args[first]), self.origin(args[second])):
                 self.trace.mixing |= origin.matrices
-                self.trace.multiplied |= origin.tables if not origin.matrices else set()
+                self.trace.multiplied |= origin.tables & self.trace.picked if not origin.matrices else set()
             return Origin(mixed=True)
         ((at, held),) = holds
         view, other = args[at], args[first if at == second else second]
@@ -227,6 +228,7 @@ class Tracing(TorchDispatchMode):
             return func(_as_view(table.remade(weight), view), *args[1:], **kwargs)
 
         by_choice = any(self.origin(index).chosen for index in tree_flatten(args[1:])[0])
+        self.trace.picked |= {table.name} if by_choice else set()
         how = "elementwise" if view.ndim == 1 or by_choice else "lookup"
         self._note(table.name, Use(how, (), 1, view.ndim - 1, output))
         return Origin(tables=frozenset([table.name]))
@@ -279,7 +281,7 @@ class Tracing(TorchDispatchMode):
         if made and (factor := _factor(name, args, kwargs)):
             self.trace.numbers.setdefault(round(factor, 9), str(made))
         if name in LOOKUPS and made.chosen:
-            return Origin(made.matrices, made.tables, gathered=True)
+            return Origin(made.matrices, made.tables, gathered=True, chosen=True)
         if name in SCATTERS:
             return replace(made, gathered=False)
         if vectors and (name in NORMS or name == "aten::mul"):

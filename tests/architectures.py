@@ -15,6 +15,7 @@ logging.set_verbosity_error()
 
 VOCABULARY = 128
 FAMILIES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe", "llama4_text")
+REFUSED = ("deepseek_v4", "doge", "gemma4_text", "jamba")  # what the forward pass leaves open: see docs/architectures.md
 OTHERS = [
     "afmoe",
     "axk1",
@@ -57,7 +58,15 @@ OWN = {  # what an architecture needs besides the sizes, at a width
         "linear_value_head_dim": 16,
     },
     "beam": lambda width: {"mlp_layer_types": ["dense", "sparse"]},
+    "deepseek_v4": lambda width: {"mlp_layer_types": ["hash_moe", "moe"]},
     "doge": lambda width: {"is_moe": True, "num_experts": 16},
+    "gemma4_text": lambda width: {
+        "enable_moe_block": True,
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "global_head_dim": 16,
+    },
 }
 
 

@@ -50,7 +50,7 @@ def test_under_mup_every_init_update_and_allocation_is_flat(name, text):
     table = checked(plan, "mup", text)  # three seeds
     assert set(table[table.verdict.isin(BROKEN)].tensor) == set()
     judged = table[table.quantity.isin(("init", "update", "allocation")) & (table.tensor != "loss")]
-    vectors = {own.name.replace(".0.", ".*.").replace(".1.", ".*.") for own in plan.parameters if own.role in ("gain", "bias")}
+    vectors = {own.tensor for own in plan.parameters if own.role in ("gain", "bias")}
     assert set(judged[~judged.verdict.isin(("holds", "zero"))].tensor) <= vectors  # what softmax hardly sees is noise: "unclear"
     updates = judged[(judged.quantity == "update") & judged.predicted.notna()]
     assert updates.agrees.all()
@@ -76,9 +76,7 @@ def test_a_broken_cell_is_named_first(name, cell, text):
     plan = plan_of(name, text)
     named = suspects(checked(plan, WRONG[cell], text, seeds=(0,))).iloc[0]
     right, wrong = plan.factors(MUP), plan.factors(WRONG[cell])
-    changed = {
-        own.name.replace(".0.", ".*.").replace(".1.", ".*.") for own in plan.parameters if right[own.name] != wrong[own.name]
-    }
+    changed = {own.tensor for own in plan.parameters if right[own.name] != wrong[own.name]}
     assert named.role in changed
     assert named.cell == cell.split(".")[1]
 
@@ -116,7 +114,7 @@ def test_a_rule_by_layer_class_is_condemned_at_the_experts_and_the_router(name, 
     kinds = {own.name: "router" if own.role == "router" else own.kind for own in plan.parameters}
     table = exponents(check_module(made, WIDTHS, loss, batches, probe, seeds=(0,), kinds=kinds))
     updates = table[(table.quantity == "update") & (table.layer == 1)].set_index("tensor").measured
-    roles = {own.name.replace(".1.", ".*."): own.role for own in plan.parameters}
+    roles = {own.tensor: own.role for own in plan.parameters}
     slopes = pd.Series({roles[tensor]: slope for tensor, slope in updates.items() if tensor in roles})
     assert slopes["experts_up"] > 0.6
     assert slopes["experts_down"] > 1.0  # its own excess, and its input's

@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from minimoe import AS_IT_IS, PARAMETRIZATIONS, Refused, adopt, fan_in, growing
-from minimoe.adoption import starred
 from minimoe.causal import next_token_loss
 
 
@@ -135,7 +134,7 @@ def test_the_std_is_the_base_models_times_the_tables_factor():
 def test_an_edited_table_moves_one_row():
     plan, edited = plan_of("qwen2_moe"), PARAMETRIZATIONS["mup"].replace("router", lr=1 / fan_in, init_var=4)
     before, after = plan.factors("mup"), plan.factors(edited)
-    changed = {starred(name) for name in before if before[name] != after[name]}
+    changed = {own.tensor for own in plan.parameters if before[own.name] != after[own.name]}
     assert changed == {"model.layers.*.mlp.gate.weight"}
     name = "model.layers.0.mlp.gate.weight"
     assert (after[name].std, after[name].lr) == (2 * before[name].std, before[name].lr / 2)
@@ -217,6 +216,54 @@ def test_the_package_mup_agrees_on_mixtral_with_its_experts_unstacked():
                 assert lrs[id(theirs.get_parameter(name))] == pytest.approx(plan.factors("mup")[own.name].lr)
 
 
+def test_a_plain_model_of_torchs_own_layers():
+    class Plain(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.positions = nn.Parameter(torch.randn(48, width))
+            self.up = nn.Parameter(torch.randn(4, width, 2 * width))  # experts, all on every token
+            self.down = nn.Parameter(torch.randn(4, 2 * width, width))
+            self.tokens, self.norm = nn.Embedding(VOCABULARY, width), nn.LayerNorm(width)
+            self.attention = nn.MultiheadAttention(width, 4, batch_first=True)
+            self.convolution, self.router = nn.Conv1d(width, width, 3, padding=1), nn.Linear(width, 4, bias=False)
+            self.head = nn.Linear(width, VOCABULARY)
+
+        def forward(self, batch):
+            x = self.norm(self.tokens(batch) + self.positions)
+            x = x + self.attention(x, x, x, need_weights=False)[0]
+            x = x + self.convolution(x.mT).mT
+            gates = torch.zeros(*x.shape[:2], 4).scatter(-1, *self.chosen(x))
+            hidden = torch.einsum("btd,edm->betm", x, self.up).relu()
+            return self.head(x + (torch.einsum("betm,emd->betd", hidden, self.down) * gates.mT[..., None]).sum(1))
+
+        def chosen(self, x):
+            gates, experts = self.router(x).softmax(-1).topk(2)
+            return experts, gates
+
+    plan = adopt(Plain, 128, 32, tokens(), roles={"positions": "embedding"})
+    found = {
+        own.name: (own.role, own.kind, plan.factors("mup")[own.name].std, plan.factors("mup")[own.name].lr)
+        for own in plan.parameters
+    }
+    assert found == {
+        "positions": ("embedding", "input", 1, 1),
+        "up": ("experts_up", "hidden", 0.5, 0.25),
+        "down": ("experts_down", "hidden", 0.5, 0.25),
+        "tokens.weight": ("embedding", "input", 1, 1),
+        "norm.weight": ("gain", "input", 1, 1),
+        "norm.bias": ("bias", "input", 1, 1),
+        "attention.in_proj_weight": ("attention", "hidden", 0.5, 0.25),
+        "attention.in_proj_bias": ("bias", "input", 1, 1),
+        "attention.out_proj.weight": ("attention_out", "hidden", 0.5, 0.25),
+        "attention.out_proj.bias": ("bias", "input", 1, 1),
+        "convolution.weight": ("hidden", "hidden", 0.5, 0.25),
+        "convolution.bias": ("bias", "input", 1, 1),
+        "router.weight": ("router", "output", 0.25, 0.25),
+        "head.weight": ("unembedding", "output", 0.25, 0.25),
+        "head.bias": ("bias", "fixed", 1, 1),
+    }
+
+
 # --------------------------------------------------------------------------------------------------------------- round trip
 
 
@@ -269,10 +316,39 @@ def test_a_config_grows_its_named_fields():
 def test_fixed_heads_make_output_weights_and_the_plan_says_so():
     grown = growing(config("mixtral", 64), "hidden_size", "intermediate_size", "num_attention_heads")
     plan = adopt(grown, 256, 64)
-    kinds = {starred(own.name): own.kind for own in plan.parameters}
+    kinds = {own.tensor: own.kind for own in plan.parameters}
     assert kinds["model.layers.*.self_attn.k_proj.weight"] == "output"
     expected = "of output kind, as each sums over a growing size into a fixed one: "
     assert plan.notes()[1] == expected + "model.layers.*.self_attn.k_proj.weight, model.layers.*.self_attn.v_proj.weight"
+
+
+def test_fixed_ranks_make_an_output_and_an_input_weight():
+    """DeepSeek's family keeps the rank of its compressed keys and values: down to it is output kind, up from it input kind."""
+    plan = plan_of("deepseek_v3", 256, kv_lora_rank=16)
+    kinds = {own.tensor.removeprefix("model.layers.*.self_attn."): own.kind for own in plan.parameters}
+    assert kinds["kv_a_proj_with_mqa.weight"] == "output"
+    assert kinds["kv_b_proj.weight"] == "input"
+    factors = {own.tensor: plan.factors("mup")[own.name] for own in plan.parameters}
+    assert factors["model.layers.*.self_attn.kv_a_proj_with_mqa.weight"].lr == 0.25
+    assert factors["model.layers.*.self_attn.kv_b_proj.weight"].lr == 1.0
+
+
+def test_a_correction_bias_that_is_frozen_or_a_buffer_has_no_numbers():
+    model = build("ernie4_5_moe", 64)
+    frozen = [name for name, param in model.named_parameters() if not param.requires_grad]
+    assert frozen
+    assert not {own.name for own in plan_of("ernie4_5_moe").parameters} & set(frozen)
+    assert any("e_score_correction_bias" in name for name, _ in build("deepseek_v3", 64).named_buffers())
+
+
+@pytest.mark.parametrize(
+    ("name", "knob"), [("granitemoe", "logits_scaling"), ("granitemoe", "embedding_multiplier"), ("cohere2_moe", "logit_scale")]
+)
+def test_a_knob_that_is_constant_stays_and_one_that_grows_is_refused(name, knob):
+    constant = adopt(lambda width: build(name, width, **{knob: 3.0}), 128, 64, tokens())
+    assert constant.initialise("mup").config.to_dict()[knob] == 3.0
+    with pytest.raises(Refused, match=r"the model scales with the width itself; let `build` hold that number fixed"):
+        adopt(lambda width: build(name, width, **{knob: width / 64 + 2}), 128, 64, tokens())
 
 
 # ------------------------------------------------------------------------------------------------------------------- errors

@@ -1,5 +1,6 @@
 """The command line, end to end at a tiny size, and its one-line errors."""
 
+import json
 import re
 import subprocess
 import sys
@@ -198,3 +199,51 @@ def test_two_axes_are_trained_and_the_report_is_left_to_the_reader(tmp_path, tex
     assert f"minimoe report {store} --by width --where steps=..." in capsys.readouterr().out
     assert main(["report", store, "--by", "steps", "--where", "width=32"]) == 0
     assert "from steps 2 to 3" in capsys.readouterr().out
+
+
+@pytest.fixture
+def own_model(tmp_path, monkeypatch):
+    """A module in the current folder, with a function that makes a model at a width."""
+    text = """
+from torch import nn
+class Model(nn.Sequential):
+    def __init__(self, width):
+        super().__init__(nn.Embedding(10, width), nn.Linear(width, width), nn.Linear(width, 10, bias=False))
+        self.config = type("Config", (), {"vocab_size": 10})()
+build, number = Model, 3
+"""
+    (tmp_path / "own_model_of_a_test.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    return "own_model_of_a_test:build"
+
+
+def test_explain_shows_what_a_table_makes_of_a_model_of_yours(own_model, capsys):
+    assert main(["explain", own_model, "--width", "64", "--base-width", "16", "--parametrization", "simplep", "mup"]) == 0
+    out = capsys.readouterr().out
+    assert "simplep:" in out
+    assert re.search(r"2.weight +unembedding +output +\(10, 64\) +64 +4 +0.25 +0.25", out)
+    assert "multipliers are folded" in out
+
+
+def test_explain_writes_json_for_other_trainers(own_model, capsys):
+    assert main(["explain", own_model, "--width", "64", "--base-width", "16", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in rows] == ["0.weight", "1.weight", "1.bias", "2.weight"]
+    assert rows[3]["lr"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["own_model_of_a_test:build"], "--width and --base-width"),
+        (["own_model_of_a_test:build", "--width", "64"], "--width and --base-width=(64, None): are both needed"),
+        (["--json"], "--json=True: is for a model of yours"),
+        (["own_model_of_a_test", "--width", "64", "--base-width", "16"], "must be MODULE:FUNCTION"),
+        (["own_model_of_a_test:make", "--width", "64", "--base-width", "16"], "has no attribute 'make'"),
+        (["own_model_of_a_test:number", "--width", "64", "--base-width", "16"], "names no function"),
+        (["no_such_module:build", "--width", "64", "--base-width", "16"], "No module named 'no_such_module'"),
+    ],
+)
+def test_explain_of_a_model_that_is_not_there(own_model, arguments, message, capsys):
+    assert main(["explain", *arguments]) == 2
+    assert message in capsys.readouterr().err

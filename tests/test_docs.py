@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import adoptions
 import findings
 import pytest
 import torch
@@ -56,6 +57,10 @@ def test_the_tables_of_the_findings_are_the_sweeps():
     assert text.count("<!-- table: ") == len(findings.tables())
     with pytest.raises(ValueError, match="no place for the table 'other'"):
         findings.page(text, {"other": ""})
+
+
+def test_the_page_of_adopted_architectures_is_what_adopt_makes_of_them():
+    assert adoptions.PAGE.read_text(encoding="utf-8") == adoptions.page(), "run python tools/adoptions.py"
 
 
 def test_torch_is_the_locked_version():

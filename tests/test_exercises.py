@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch import nn
 
-from minimoe import PARAMETRIZATIONS, Config, MiniMoE, fan_in, mystery, read_sweep, shipped, width
+from minimoe import PARAMETRIZATIONS, Config, MiniMoE, adopt, fan_in, mystery, read_sweep, shipped, width
 from minimoe.exercises import (
     Wrong,
     check_allocation,
@@ -11,6 +12,7 @@ from minimoe.exercises import (
     check_coordinates,
     check_gates,
     check_mended,
+    check_missed,
     check_router_row,
     check_sign_step,
 )
@@ -212,6 +214,49 @@ def test_wrong_allocations(changes, message):
 def test_an_allocation_for_every_tensor():
     with pytest.raises(Wrong, match="an allocation for each of up, down; yours has up"):
         check_allocation(lambda *given: {"up": booked(*given)["up"]})
+
+
+class Stacked(nn.Module):
+    """A router and a stack of experts that are bare parameters, between layers of torch."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.embedding, self.norm = nn.Embedding(96, width), nn.RMSNorm(width)
+        self.router = nn.Parameter(torch.randn(4, width))
+        self.experts = nn.Parameter(torch.randn(4, width, width))
+        self.head = nn.Linear(width, 96, bias=False)
+
+    def forward(self, tokens):
+        x = self.norm(self.embedding(tokens))
+        gates, chosen = (x @ self.router.T).softmax(-1).topk(1)
+        gates = torch.zeros(*x.shape[:-1], 4).scatter(-1, chosen, gates)
+        return self.head(torch.einsum("btef,bte->btf", torch.einsum("btd,edf->btef", x, self.experts), gates))
+
+
+@pytest.fixture(scope="module")
+def stacked():
+    tokens = torch.randint(96, (4, 32), generator=torch.Generator().manual_seed(0))
+    return Stacked(32), adopt(Stacked, 32, 16, tokens)
+
+
+def test_missed(stacked):
+    assert check_missed(lambda module, plan: {"router", "experts"}, *stacked) == "Right: 2 parameters."
+
+
+@pytest.mark.parametrize(
+    ("missed", "message"),
+    [
+        (blank, "fill in the blank"),
+        (lambda module, plan: ["experts"], "there are 2; yours are 1. What is left is of output kind"),
+        (lambda module, plan: [], "there are 2; yours are 0. What is left is of hidden and output kind"),
+        (lambda module, plan: [own.name for own in plan.parameters], "embedding.weight is of input kind"),
+        (lambda module, plan: ["router", "experts", "head.weight"], "head.weight is the weight of an nn.Linear"),
+        (lambda module, plan: plan.parameters, "is no parameter of the plan: give the names"),
+    ],
+)
+def test_wrong_missed(missed, message, stacked):
+    with pytest.raises(Wrong, match=message):
+        check_missed(missed, *stacked)
 
 
 def test_shipped_files_are_found_from_anywhere(tmp_path, monkeypatch):

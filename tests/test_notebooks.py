@@ -118,6 +118,7 @@ SABOTAGE = {
     "05": (TABLES, MUP_ROUTER, MUP_ROUTER.replace("lr=1", "lr=1 / fan_in")),
     "06": (TABLES, MUP_ROUTER, MUP_ROUTER.replace("multiplier=1 / fan_in", "multiplier=1")),
     "08": (TABLES, MUP_HEAD, MUP_HEAD.replace("multiplier=1 / fan_in", "multiplier=1")),
+    "09": (TABLES, MUP_ROUTER, MUP_ROUTER.replace("lr=1", "lr=fan_in")),
     "07": (ARMS, AUTHORS_DOWN, AUTHORS_DOWN.replace('"lr": 1 / DOWN[down]', '"lr": 1')),
 }
 

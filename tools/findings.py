@@ -11,11 +11,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from minimoe import ARMS, EXPERT_ARMS, drift_words, labelled, read_sweep, summary, transfer_report
+from minimoe import ARMS, EXPERT_ARMS, drift_words, labelled, read_adopted, read_sweep, summary, transfer_report
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "findings.md"
 SWEEPS = ROOT / "data" / "sweeps"
+ADOPTED = {"Mixtral": "adopted_mixtral", "OLMoE": "adopted_olmoe"}
+OTHER_BASES = {"Mixtral of std 0.1": "adopted_mixtral_init", "Mixtral": "adopted_mixtral_tuned"}
+ADOPTED_BASE = 64  # their base width
 SCREENED = [name for name in EXPERT_ARMS if ", balance " not in name]
 
 
@@ -67,6 +70,13 @@ def stores(*names: str) -> pd.DataFrame:
     return pd.concat([read_sweep(SWEEPS / f"{name}.jsonl") for name in names], ignore_index=True)
 
 
+def adopted(names: dict[str, str]) -> pd.DataFrame:
+    """The rows of sweeps of models that are not ours, with the model's name before the table's. names: of the model -> store."""
+    frames = {name: read_adopted(SWEEPS / f"{store}.jsonl", ADOPTED_BASE) for name, store in names.items()}
+    named = [rows.assign(parametrization=f"{name}, " + rows.parametrization) for name, rows in frames.items()]
+    return pd.concat(named, ignore_index=True)
+
+
 def tables() -> dict[str, str]:
     """name -> table, each as it stands in the page."""
     count = labelled(stores("expert_count", "balance"), EXPERT_ARMS)
@@ -97,7 +107,9 @@ def tables() -> dict[str, str]:
         "granularity, twice as wide": wide,
     }
     made = {name: drift_table(rows, "n_experts") for name, rows in experts.items()}
-    return made | {name: drift_table(rows, "granularity") for name, rows in granularities.items()}
+    made |= {name: drift_table(rows, "granularity") for name, rows in granularities.items()}
+    models = {"adopted models": ADOPTED, "other bases": OTHER_BASES}
+    return made | {name: drift_table(adopted(names), "width") for name, names in models.items()}
 
 
 def page(text: str, made: dict[str, str]) -> str:
