@@ -23,7 +23,8 @@ from . import flags
 from .adoption import adopt
 from .causal import imported
 from .conditions import rows_where
-from .config import Config, require
+from .checks import require
+from .config import Config
 from .coordinate_figures import coordinate_curves
 from .coordinates import ROUTINGS, coordinate_check, size_axis
 from .coordinates import SIZES as GROWING

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter
 
-from .config import require
+from .checks import require
 from .coordinates import LOSS, size_axis
 from .figures import ALERT, PALETTE, QUIET, plain
 from .probe import OUTSIDE

@@ -31,7 +31,8 @@ import torch
 from torch import Tensor
 
 from .allocations import Entry, Ledger
-from .config import BASED, Config, require, whole
+from .checks import require, whole
+from .config import BASED, Config
 from .corpus import Corpus, load_corpus
 from .grids import Planned, planned_runs
 from .model import MiniMoE

@@ -11,7 +11,6 @@ import hashlib
 import inspect
 import os
 import platform
-import secrets
 import sysconfig
 import urllib.error
 import urllib.request
@@ -23,7 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .memory import free_memory, gigabytes
+from .files import write_whole
+from .memory import require_room
 
 PRINTABLE = "\n" + "".join(map(chr, range(32, 127)))  # 96 symbols: pydocs' vocabulary on every Python
 VALIDATION_FRACTION = 0.1
@@ -44,20 +44,13 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 TIMEOUT = 30  # seconds without a byte before a download counts as interrupted
 
 
-@dataclass(frozen=True, eq=False)
-class Corpus:
-    """A text as tokens, split by position: the first 90% to train on, the rest to validate."""
+@dataclass(frozen=True)
+class Alphabet:
+    """The characters of a corpus, and which corpus it was: what a trained model needs to read and write."""
 
     name: str
     symbols: str  # symbols[i] is the character of token i
-    train: np.ndarray  # (n,) smallest unsigned integers that hold a token
-    val: np.ndarray  # likewise
     digest: str  # SHA-256 of the text as UTF-8
-
-    def __post_init__(self):
-        for split in (self.train, self.val):
-            if split.size and not (split.min() >= 0 and split.max() < len(self.symbols)):
-                raise ValueError(f"corpus {self.name!r} has tokens outside its {len(self.symbols)} symbols")
 
     @property
     def vocab_size(self) -> int:
@@ -71,6 +64,24 @@ class Corpus:
     def decode(self, tokens) -> str:
         """The text of a one-dimensional sequence of tokens."""
         return "".join(self.symbols[int(token)] for token in tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus(Alphabet):
+    """A text as tokens, split by position: the first 90% to train on, the rest to validate."""
+
+    train: np.ndarray  # (n,) smallest unsigned integers that hold a token
+    val: np.ndarray  # likewise
+
+    def __post_init__(self):
+        for split in (self.train, self.val):
+            if split.size and not (split.min() >= 0 and split.max() < len(self.symbols)):
+                raise ValueError(f"corpus {self.name!r} has tokens outside its {len(self.symbols)} symbols")
+
+    @property
+    def alphabet(self) -> Alphabet:
+        """Without the text."""
+        return Alphabet(self.name, self.symbols, self.digest)
 
     def require_context(self, context: int) -> None:
         """Raise ValueError unless both splits hold at least one sequence of `context` characters and its targets."""
@@ -95,20 +106,12 @@ def load_corpus(corpus: str | os.PathLike | Corpus) -> Corpus:
     path = Path(corpus)
     if not path.is_file():
         raise FileNotFoundError(f"no corpus {str(corpus)!r}: give pydocs, shakespeare, or the path of a UTF-8 text file")
-    _require_room(path)
+    require_room("corpus", path, COPIES)
     try:
         text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path.name} is not UTF-8 text (byte {error.start}): convert it first") from error
     return make_corpus(path.name, text)
-
-
-def _require_room(path: Path) -> None:
-    """Raise ValueError if the file is too large to be read."""
-    size, free = path.stat().st_size, free_memory()
-    if free is not None and COPIES * size > free:
-        need = f"reading its {gigabytes(size)} takes {gigabytes(COPIES * size)} of memory"
-        raise ValueError(f"corpus {path.name!r} is too large: {need}, and {gigabytes(free)} are free")
 
 
 def make_corpus(name: str, text: str, symbols: str | None = None) -> Corpus:
@@ -118,7 +121,7 @@ def make_corpus(name: str, text: str, symbols: str | None = None) -> Corpus:
     symbols = "".join(sorted(set(text if symbols is None else symbols)))
     tokens = _tokens(text, symbols)
     split = len(tokens) - int(len(tokens) * VALIDATION_FRACTION)
-    return Corpus(name, symbols, tokens[:split], tokens[split:], hashlib.sha256(text.encode()).hexdigest())
+    return Corpus(name, symbols, hashlib.sha256(text.encode()).hexdigest(), tokens[:split], tokens[split:])
 
 
 def _tokens(text: str, symbols: str) -> np.ndarray:
@@ -147,19 +150,6 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minimoe"
 
 
-def _write_whole(path: Path, data: bytes) -> None:
-    """Write the file in one step, so that no reader ever sees a part of it. Who may read it, the umask says."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def _cached_pydocs() -> str:
     """The pydocs text: from the cache, where the file is one whose digest this module knows, or made again, in seconds."""
     version = platform.python_version()
@@ -170,7 +160,7 @@ def _cached_pydocs() -> str:
     data = text.encode("ascii")
     if hashlib.sha256(data).hexdigest() in known:  # another text would not be read again
         try:
-            _write_whole(path, data)
+            write_whole(path, data)
         except OSError as error:  # the text is here all the same; next time it is made again
             warnings.warn(f"could not keep the pydocs corpus in {path.parent}: {error}", stacklevel=3)
     return text
@@ -246,7 +236,7 @@ def _cached_shakespeare() -> str:
     if not path.exists():
         data = _download(SHAKESPEARE_URL, SHAKESPEARE_BYTES)
         _check_digest(data, "the download of tiny Shakespeare")
-        _write_whole(path, data)
+        write_whole(path, data)
         return data.decode("utf-8")
     with open(path, "rb") as file:
         data = file.read(SHAKESPEARE_BYTES + 1)

@@ -1,7 +1,8 @@
-"""How much memory this machine has left."""
+"""How much memory this machine has left, and what is too large for it."""
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,6 +21,14 @@ def _limits() -> list[int]:
     with suppress(OSError, ValueError):  # "max" is no number: no limit
         return [int(Path("/sys/fs/cgroup/memory.max").read_text())]
     return []
+
+
+def require_room(kind: str, path: str | os.PathLike, copies: int) -> None:
+    """Raise ValueError if memory cannot hold so many copies of the file."""
+    size, free = os.path.getsize(path), free_memory()
+    if free is not None and copies * size > free:
+        need = f"reading its {gigabytes(size)} takes {gigabytes(copies * size)} of memory"
+        raise ValueError(f"{kind} {os.path.basename(path)!r} is too large: {need}, and {gigabytes(free)} are free")
 
 
 def gigabytes(size: int) -> str:

@@ -20,6 +20,7 @@ from typing import BinaryIO, NamedTuple
 
 from filelock import FileLock
 
+from .files import sync_folder
 from .lines import DAMAGE, START, Lines, format_of, is_torn, written
 from .locks import locked_beside, locked_file
 from .parametrization import Parametrization, TwoTables
@@ -83,7 +84,7 @@ class RunStore:
             weakref.finalize(self, self._file.close)
             with self._locked():
                 pass
-            _sync_folder(self._real.parent)
+            sync_folder(self._real.parent)
         except (OSError, NotImplementedError) as error:  # the second: a file system without locks
             raise OSError(f"the run store {self.path} cannot be written: {error}") from error
 
@@ -319,13 +320,3 @@ def _start_of_last_line(file: BinaryIO) -> int:
             return start + found + 1
         end = start
     return 0
-
-
-def _sync_folder(folder: Path) -> None:
-    """Let a new file's name survive a power cut too, where the system can."""
-    if hasattr(os, "O_DIRECTORY"):
-        handle = os.open(folder, os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -19,7 +19,8 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tqdm.auto import tqdm
 
 from .clusters import dask_workers
-from .config import BASED, Config, config_from_dict, config_to_dict, require, whole
+from .checks import require, whole
+from .config import BASED, Config, config_from_dict, config_to_dict
 from .corpus import Corpus, load_corpus
 from .grids import planned_runs
 from .identity import run_key
@@ -84,7 +85,7 @@ def sweep(
     require(address is None or backend == "dask", "address", address, "goes with backend='dask'")
     corpus = load_corpus(corpus)
     device = torch.device(device or "cpu") if backend == "dask" else available_device(device)
-    axes = {name: values for name, values in {"width": widths, **axes, "steps": steps}.items() if values is not None}
+    axes = ({} if widths is None else {"width": widths}) | axes | ({} if steps is None else {"steps": steps})
     planned = planned_runs(parametrizations, lrs, seeds, corpus, options, axes, path)
     require_memory(planned, here=backend == "loky" and device.type == "cpu")
     configs = [(run.config, run.lr) for run in planned]

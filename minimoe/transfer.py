@@ -8,7 +8,8 @@ from dataclasses import fields
 import numpy as np
 import pandas as pd
 
-from .config import Config, require
+from .checks import require
+from .config import Config
 from .step import TrainOptions
 
 # What the points of one curve must share
