@@ -1,4 +1,7 @@
 # demo: the picture, trained now (about 2 minutes on two cores)   test: every test   lab: the notebooks in JupyterLab
+# site: the course as static pages, in site/   slides: the lecture, in site/slides/
+# handout: the lab's copies, sheet and rubric, in handout/
+# cloud ADDRESS=https://...: notebooks that install minimoe from the site at that address
 # notebooks: run them again, in place    student: copies without answers    data: the shipped sweeps again (four hours)
 # figure: the README's pictures          lint: ruff                         clean: remove what these made
 PYTHON ?= python3
@@ -16,14 +19,28 @@ notebooks: .venv/installed
 	PATH=$(CURDIR)/.venv/bin:$$PATH .venv/bin/python tools/notebooks.py run
 	.venv/bin/python tools/notebooks.py gallery
 
+site: .venv/installed
+	.venv/bin/python tools/website.py
+	.venv/bin/python tools/slides.py
+
+slides: .venv/installed
+	.venv/bin/python tools/slides.py
+
 student: .venv/installed
 	.venv/bin/python tools/notebooks.py student
+
+handout: .venv/installed
+	.venv/bin/python tools/handout.py
+
+cloud: .venv/installed
+	.venv/bin/python tools/cloud.py $(ADDRESS)
 
 data: .venv/installed
 	.venv/bin/python data/make.py
 
 figure: demo
 	cp runs/demo.png docs/demo.png
+	.venv/bin/python tools/story.py
 	.venv/bin/minimoe coords --parametrization simplep --figure docs/coordinates.png
 
 lint: .venv/installed
@@ -33,10 +50,11 @@ lint: .venv/installed
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --disable-pip-version-check -r requirements.lock
 	.venv/bin/python -m pip install --disable-pip-version-check --no-deps mup==1.0.0  # a test's oracle; it asks for torchvision
+	.venv/bin/python -m pip install --disable-pip-version-check --no-deps sphinx-revealjs==3.2.1  # it brings reveal.js, for the slides
 	.venv/bin/python -m pip install --disable-pip-version-check --no-deps --editable .
 	touch .venv/installed
 
 clean:
-	rm -rf .venv runs student
+	rm -rf .venv runs student site handout
 
-.PHONY: demo test lab notebooks student data figure lint clean
+.PHONY: demo test lab notebooks site slides student handout cloud data figure lint clean

@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from . import flags
+from . import checker, flags
 from .adoption import adopt
 from .causal import imported
 from .conditions import rows_where
@@ -118,6 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     add_training(many, several=True)
     many.add_argument("--jobs", type=integer, help="processes on a CPU (default: one per core)")
     _add_sweep_outputs(many, store="runs/sweep.jsonl", figure=None)
+
+    checker.add_arguments(command("check", checker.run, "check a student's copies of the course's notebooks"))
 
     report = command("report", _report, "say what a run store shows: optimum, drift and regret")
     report.add_argument("store", metavar="STORE", help="a file that `sweep` or `demo` wrote")

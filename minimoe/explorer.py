@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 DPI = 90
 SPACED = {"flex_flow": "row wrap", "grid_gap": "4px 18px"}  # of a row of controls
+VIEW = "application/vnd.jupyter.widget-view+json"  # a live widget
 TO_DO = "run this cell to use its controls"
 # JupyterLab saves no controls, only that there were some: reopened, their place says "Error displaying widget: model not found".
 # That place, and never one of live controls, has both classes. An output that Lab does not trust has no place for controls.
@@ -58,19 +59,15 @@ class LiveOutput:
         return {self.kind: shown, "text/plain": self.words}
 
 
-class Explorer(widgets.VBox):
-    """Controls, and below them a picture of fixed size and words. A subclass says what to draw and to say."""
+class Drawn:
+    """What an explorer shows below its controls: a picture and words. A subclass says what to draw and to say."""
 
-    def __init__(self, controls: Iterable[widgets.Widget], rows: Iterable[widgets.Widget]):
+    figure: Figure | None = None
+
+    def show_nothing_yet(self) -> None:
         name = type(self).__name__
         self.image = LiveOutput("image/png", f"{name}: the picture; its numbers are below it")
         self.text = LiveOutput("text/html", f"{name}: the numbers")
-        self.figure: Figure | None = None
-        super().__init__(list(rows))
-        self.add_class("minimoe-explorer")
-        for control in controls:
-            control.observe(self.refresh, "value")
-        self.refresh()
 
     def refresh(self, _change=None) -> None:
         """Draw again what the controls ask for; what cannot be drawn is said in words."""
@@ -93,9 +90,22 @@ class Explorer(widgets.VBox):
         show(self, self.image, self.text)
 
 
+class Explorer(Drawn, widgets.VBox):
+    """Controls of ipywidgets, and below them a picture of fixed size and words."""
+
+    def __init__(self, controls: Iterable[widgets.Widget], rows: Iterable[widgets.Widget]):
+        self.show_nothing_yet()
+        super().__init__(list(rows))
+        self.add_class("minimoe-explorer")
+        for control in controls:
+            control.observe(self.refresh, "value")
+        self.refresh()
+
+
 def show(controls: widgets.Widget, *outputs: LiveOutput) -> None:
     """Display the controls and, below them, the outputs: each is an output of the running cell."""
-    display({**controls._repr_mimebundle_(), "text/plain": f"{type(controls).__name__}: {TO_DO}"}, raw=True)
+    view = {"version_major": 2, "version_minor": 0, "model_id": controls.model_id}
+    display({VIEW: view, "text/plain": f"{type(controls).__name__}: {TO_DO}"}, raw=True)
     for output in outputs:
         output.show()
 

@@ -19,7 +19,6 @@ MARKERS = "osD^vPX<>h"
 PALETTE = ("#0173b2", "#c77700", "#00795c", "#9e2a00", "#9d4c8f", "#7d5a3c", "#d6409f", "#666666", "#8a7a00", "#2d8fb5")
 ALERT, QUIET = "#c1121f", "#333333"  # broken, and not
 WRAPPED = 5  # panels in one row
-MY_LR = "my LR"  # what the line of my_lr is called in the figure
 HOLLOW = {"marker": "s", "fillstyle": "none"}  # of a sketch
 OFF_SCALE = 1.2  # nats above the best loss at which the picture ends
 
@@ -76,7 +75,7 @@ def lr_curves(
             points = points.sort_values("lr")
             axes.plot(points.lr, points.loss.clip(upper=top), "--", markersize=7, fillstyle="none", **looks[value])
         if my_lr is not None:
-            axes.axvline(my_lr, color="black", linewidth=1.4, gid=MY_LR)
+            axes.axvline(my_lr, color="black", linewidth=1.4)
         for value, points in sketched.items():
             axes.plot(
                 2.0 ** np.array(list(points)), list(points.values()), ":", linewidth=2, markersize=7, **looks[value] | HOLLOW

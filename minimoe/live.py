@@ -11,7 +11,7 @@ import pandas as pd
 
 from .corpus import Corpus, load_corpus
 from .explorer import SPACED, LiveOutput, labelled, show
-from .explorers import LRExplorer
+from .lr_explorer import LRExplorer
 from .parametrization import Parametrization
 from .sweeps import sweep
 from .tables import PARAMETRIZATIONS, ROUTER_RULES
@@ -28,8 +28,8 @@ class LiveSweep(widgets.VBox):
 
     def __init__(self, explorer: LRExplorer, corpus: str | Corpus = "pydocs"):
         known = {**PARAMETRIZATIONS, **ROUTER_RULES}
-        tables = [(name, known[name]) for name in explorer.tables.options if name in known]
-        values = [value for value in explorer.values.options if value <= LARGEST_LIVE]
+        tables = [(name, known[name]) for name in explorer.data["tables"] if name in known]
+        values = [value for value in explorer.data["values"] if value <= LARGEST_LIVE]
         if explorer.by != "width" or not tables or not values:
             raise ValueError(f"a live sweep needs an explorer over widths up to {LARGEST_LIVE}, of tables that have a name")
         self.explorer, self.corpus = explorer, corpus

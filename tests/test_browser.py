@@ -1,7 +1,6 @@
 """Notebook 04 in JupyterLab, in a real browser: run it, move a slider by the keyboard, train a live sweep, save, reopen.
 
-Needs Chromium (Debian's package, or the one that MINIMOE_CHROMIUM names). Without one it is skipped, unless
-MINIMOE_REQUIRE_BROWSER is set, as it is in continuous integration.
+See browser.py for what it needs.
 """
 
 import json
@@ -16,20 +15,19 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from browser import NEEDS_CHROMIUM, chromium
 
 from minimoe.explorer import TO_DO
 
 ROOT = Path(__file__).parent.parent
-CHROMIUM = os.environ.get("MINIMOE_CHROMIUM") or shutil.which("chromium")
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 NOTEBOOK = "04_lr_transfer.ipynb"
+# While cells run Lab moves the focus from cell to cell.
+ALL_RUN = "window.jupyterapp.shell.currentWidget.content.widgets.every(c => c.model.type !== 'code' || c.model.executionCount)"
 ERROR = re.compile("model not found|Error displaying widget")
 # The indicator on the page says "idle" before there is a kernel, and who runs cells then is asked to select one.
 KERNEL_CONNECTED = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.connectionStatus === 'connected'"
 
-pytestmark = pytest.mark.skipif(
-    not CHROMIUM and not os.environ.get("MINIMOE_REQUIRE_BROWSER"), reason="no Chromium: install Debian's package chromium"
-)
+pytestmark = NEEDS_CHROMIUM
 
 
 @pytest.fixture(scope="module")
@@ -78,16 +76,11 @@ def wait_for(address, server, log, seconds=90):
 
 @pytest.fixture(scope="module")
 def page(lab):
-    from playwright.sync_api import sync_playwright
-
-    assert CHROMIUM, "MINIMOE_REQUIRE_BROWSER is set, but there is no Chromium"
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    with chromium() as browser:
         page = browser.new_page(viewport={"width": 1280, "height": 800})
         page.set_default_timeout(120_000)
         open_notebook(page, lab)
         yield page
-        browser.close()
 
 
 def open_notebook(page, lab):
@@ -119,20 +112,21 @@ def test_slider_and_live_sweep(page):
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     cell = explorer_cell(page)
-    cell.locator(".minimoe-explorer").wait_for(state="attached")
+    explorer = cell.locator(".minimoe-lr")
+    explorer.locator("svg .star").first.wait_for()
+    page.wait_for_function(ALL_RUN)
     cell.scroll_into_view_if_needed()
-    regrets, image = cell.locator(".jp-RenderedHTML table"), cell.locator(".jp-RenderedImage img")
-    cell.locator("table", has_text="2^-6 (nats)").wait_for()
-    before, picture = regrets.text_content(), image.get_attribute("src")
-    handle = cell.locator(".widget-hslider", has_text="my LR").locator(".noUi-handle")
-    handle.focus()
+    regrets, still = explorer.locator("table"), cell.locator(".jp-RenderedImage img")
+    before, picture = regrets.text_content(), still.get_attribute("src")
+    assert not still.is_visible(), "the still picture is for readers without a kernel"
+    explorer.get_by_label("my LR").focus()
     page.keyboard.press("ArrowRight")
-    cell.locator("table", has_text="2^-5.75").wait_for()
     after = regrets.text_content()
     numbers = [[float(x) for x in re.findall(r"\d\.\d{3}", text)] for text in (before, after)]
     assert len(numbers[0]) >= 8
     assert numbers[0] != numbers[1], "the regrets move with the slider"
-    assert image.get_attribute("src") != picture
+    cell.locator(".jp-RenderedHTML table", has_text="2^-5.75").wait_for(state="attached")  # the kernel has heard
+    assert still.get_attribute("src") != picture
     screenshot(page, "explorer.png")
     train = page.get_by_role("button", name="Train now")
     train.scroll_into_view_if_needed()
@@ -140,7 +134,8 @@ def test_slider_and_live_sweep(page):
     page.get_by_text("done: 6 of 6 runs").wait_for()
     screenshot(page, "live.png")
     cell.scroll_into_view_if_needed()
-    cell.get_by_text("Dashed: 6 live rows").wait_for()
+    explorer.get_by_text("Dashed: 6 live rows").wait_for()
+    assert explorer.locator(".curve.live").count() == 1
     screenshot(page, "dashed.png")
 
 

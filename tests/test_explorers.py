@@ -4,16 +4,17 @@ import base64
 import math
 import re
 
-import numpy as np
 import pandas as pd
 import pytest
 from ipywidgets import HTML, Widget
+from traitlets import TraitError
 
 from minimoe import PARAMETRIZATIONS, coordinate_check, fan_in, losses_at, regrets, sweep, width
 from minimoe import explorer as explorer_module
 from minimoe.arms import ARMS, labelled
-from minimoe.explorers import CoordinateExplorer, LRExplorer, TableExplorer
+from minimoe.explorers import CoordinateExplorer, TableExplorer
 from minimoe.live import LiveSweep
+from minimoe.lr_explorer import LRExplorer
 from minimoe.parametrization import as_monomial
 
 PNG = b"\x89PNG"
@@ -31,8 +32,12 @@ def checked(corpus):
 
 
 def picture_changed(explorer, control, value):
+    """control: a widget, or the name of a trait."""
     before = bytes(explorer.image.value)
-    control.value = value
+    if isinstance(control, str):
+        setattr(explorer, control, value)
+    else:
+        control.value = value
     assert bytes(explorer.image.value).startswith(PNG)
     return bytes(explorer.image.value) != before
 
@@ -40,7 +45,7 @@ def picture_changed(explorer, control, value):
 def test_my_lr_moves_the_line_and_the_regrets(swept):
     explorer = LRExplorer(swept)
     for exponent in (-8.0, -6.25, -4.0):
-        assert picture_changed(explorer, explorer.my_lr, exponent)
+        assert picture_changed(explorer, "my_lr", exponent)
         expected = regrets(swept, 2.0**exponent).set_index(["parametrization", "width"]).regret
         shown = explorer.regrets()
         for name in ("sp", "mup"):
@@ -65,7 +70,7 @@ def test_regret_at_a_grid_point_is_that_points_loss_less_the_best(swept):
 def test_panels_can_be_widths_and_curves_tables(swept):
     explorer = LRExplorer(swept)
     assert [axes.get_title().split("\n")[0] for axes in explorer.figure.axes] == ["sp", "mup"]
-    assert picture_changed(explorer, explorer.panels, True)
+    assert picture_changed(explorer, "swapped", True)
     assert [axes.get_title() for axes in explorer.figure.axes] == ["width 32", "width 64"]
 
 
@@ -82,11 +87,11 @@ def test_expert_count_granularity_and_arms_are_axes(by, label, fields, corpus):
         for size in fields[by]
     ]  # fmt: skip
     explorer = LRExplorer(labelled(pd.concat(parts, ignore_index=True), arms), by, names="arms")
-    assert (explorer.tables.description, explorer.values.description) == ("arms", label)
-    assert explorer.tables.options == ("authors", "down by fan_in")
-    assert explorer.values.options == fields[by]
+    assert (explorer.data["names"], explorer.data["plural"]) == ("arms", label)
+    assert explorer.data["tables"] == ["authors", "down by fan_in"]
+    assert explorer.data["values"] == list(fields[by])
     assert list(explorer.regrets().columns) == list(fields[by])
-    assert picture_changed(explorer, explorer.tables, ("authors",))
+    assert picture_changed(explorer, "tables", ["authors"])
     assert f"at {by}" in explorer.text.value
 
 
@@ -95,8 +100,8 @@ def test_batch_size_steps_and_sizes_on_a_path_are_axes(corpus):
         return sweep(axes.pop("width", (32,)), ("sp",), LRS, (0,), corpus=corpus, n_jobs=1, progress=False, context=16, **axes)
 
     batches = LRExplorer(trained(steps=4, batch_size=(2, 4)), "batch_size")
-    assert (batches.values.description, batches.values.options) == ("batch size", (2, 4))
-    assert picture_changed(batches, batches.values, (2,))
+    assert (batches.data["plural"], batches.data["values"]) == ("batch size", [2, 4])
+    assert picture_changed(batches, "values", [2])
     assert "at batch_size" in batches.text.value
     grown = LRExplorer(trained(width=None, steps=4, path={"width": (32, 64), "n_experts": (4, 8)}), "n_experts")
     assert grown.figure.legends[0].get_title().get_text() == "n experts"
@@ -106,32 +111,32 @@ def test_batch_size_steps_and_sizes_on_a_path_are_axes(corpus):
 def test_runs_of_different_lengths_are_compared_at_a_step_or_at_their_ends(corpus):
     rows = sweep((32,), ("sp",), LRS, (0,), (3, 6), corpus, n_jobs=1, progress=False, context=16)
     explorer = LRExplorer(rows, "steps")
-    assert explorer.step.options == (1, 2, 3, "the end")
-    assert explorer.step.value == "the end"
+    assert explorer.data["steps"] == [1, 2, 3, "the end"]
+    assert explorer.step == "the end"
     expected = regrets(rows, 2.0**-6, "steps").set_index("steps").regret
     assert explorer.regrets().loc["sp"].to_dict() == expected.to_dict()
-    assert picture_changed(explorer, explorer.step, 3)
+    assert picture_changed(explorer, "step", 3)
     assert explorer.chosen().val_loss.tolist() == losses_at(rows, 3).val_loss.tolist()
 
 
 def test_choices_choose_rows(swept):
     explorer = LRExplorer(swept)
-    assert picture_changed(explorer, explorer.tables, ("mup",))
-    assert picture_changed(explorer, explorer.values, (64,))
-    assert picture_changed(explorer, explorer.seeds, (1,))
+    assert picture_changed(explorer, "tables", ["mup"])
+    assert picture_changed(explorer, "values", [64])
+    assert picture_changed(explorer, "seeds", [1])
     rows = explorer.chosen()
     assert set(zip(rows.parametrization, rows.width, rows.seed, strict=True)) == {("mup", 64, 1)}
-    assert picture_changed(explorer, explorer.minima, False)
-    explorer.values.value = ()
+    assert picture_changed(explorer, "minima", False)
+    explorer.values = []
     assert "choose at least one of widths" in explorer.text.value
-    explorer.values.value = (32,)
+    explorer.values = [32]
     assert "regret" in explorer.text.value
 
 
 def test_the_step_moves_the_curves(swept):
     explorer = LRExplorer(swept)
-    assert explorer.step.options[-1] == 6
-    assert picture_changed(explorer, explorer.step, 2)
+    assert explorer.data["steps"][-1] == 6
+    assert picture_changed(explorer, "step", 2)
     row = swept.iloc[3]
     losses = {record["step"]: record["val_loss"] for record in row.history}
     assert losses_at(swept, 2).iloc[3].val_loss == losses[2]
@@ -156,7 +161,7 @@ def test_live_sweep_trains_shows_progress_and_joins_the_explorer(swept, corpus):
     live.wait(120)
     assert re.fullmatch(r"done: 6 of 6 runs; lowest loss \d\.\d\d at LR 2\^-\d \(drawn dashed .*\)", live.status.value)
     assert live.bar.value == 6
-    assert len(explorer.live) == 6
+    assert len(explorer.live_rows) == 6
     assert bytes(explorer.image.value) != before
     assert "another corpus" not in explorer.text.value
     assert not live.start.disabled
@@ -228,7 +233,7 @@ def test_a_second_live_sweep_replaces_the_curve_and_what_is_not_shown_is_not_cou
     explorer.add_live(one)
     explorer.add_live(one.assign(steps=20))
     assert "Dashed: 5 live rows of 20 steps" in explorer.text.value
-    explorer.values.value = (32,)
+    explorer.values = [32]
     assert "Dashed" not in explorer.text.value
 
 
@@ -304,46 +309,35 @@ def test_a_live_sweep_has_its_controls_and_below_them_its_status(swept, corpus, 
     assert status.bundle["text/html"].endswith("</style>\nstopped")
 
 
-def test_the_picture_keeps_its_size_and_its_axes(swept):
+def test_the_picture_keeps_its_losses(swept):
     explorer = LRExplorer(swept)
-
-    def looks():
-        return {(tuple(explorer.figure.get_size_inches()), axes.get_xlim(), axes.get_ylim()) for axes in explorer.figure.axes}
-
-    first = looks()
-    assert len(first) == 1
-    explorer.tables.value = ("mup",)
-    assert looks() == first
-    explorer.step.value = explorer.step.options[0][1] if isinstance(explorer.step.options[0], tuple) else explorer.step.options[0]
-    assert looks() == first
-    explorer.values.value, explorer.panels.value = (32,), True
-    assert looks() == first
+    first = explorer.figure.axes[0].get_ylim()
+    explorer.tables, explorer.step = ["mup"], 1
+    assert explorer.figure.axes[0].get_ylim() == first
     explorer.add_live(swept.assign(val_loss=swept.val_loss + 5))
-    assert looks() == first
+    assert explorer.figure.axes[0].get_ylim() == first
 
 
-def test_my_lr_alone_moves_its_line_in_the_picture_that_is_there(swept):
+def test_live_rows_are_sent_as_the_page_reads_them(swept):
     explorer = LRExplorer(swept)
-    figure = explorer.figure
-    explorer.my_lr.value = -7.25
-    assert explorer.figure is figure
-    lines = figure.findobj(lambda artist: artist.get_gid() == "my LR")
-    assert len(lines) == len(explorer.tables.value)
-    assert all(np.allclose(line.get_xdata(), 2**-7.25) for line in lines)
-    explorer.seeds.value = (0,)
-    assert explorer.figure is not figure
+    explorer.add_live(swept.head(4).assign(val_loss=[2.5, 2.7, math.inf, 2.5]))
+    assert explorer.live == [["sp", 32, -8.0, pytest.approx(2.6)], ["sp", 32, -7.0, None]], "two seeds each"
 
 
-def test_too_many_panels_are_refused(swept):
-    explorer = LRExplorer(pd.concat([swept.assign(parametrization=f"table {i}") for i in range(7)]))
-    assert len(explorer.tables.value) == 3
-    explorer.tables.value = explorer.tables.options
-    assert "7 panels are too many for one picture: choose at most 6" in explorer.text.value
+def test_choices_that_do_not_exist_are_refused(swept):
+    explorer = LRExplorer(swept)
+    with pytest.raises(TraitError, match=r"tables: 'mu' is not one of sp, mup"):
+        explorer.tables = ["mu"]
+    with pytest.raises(TraitError, match=r"values: 48 is not one of 32, 64"):
+        explorer.values = [48]
+    with pytest.raises(TraitError, match=r"step: 7 is not one of 1, 2, 3, 4, 5, 6"):
+        explorer.step = 7
+    explorer.tables = ["mup", "sp"]
+    assert explorer.tables == ["sp", "mup"], "in the order of the data"
 
 
 def test_every_control_has_a_label(swept, checked, corpus):
-    explorer = LRExplorer(swept)
-    for widget in (explorer, LiveSweep(explorer, corpus), TableExplorer(), CoordinateExplorer(checked)):
+    for widget in (LiveSweep(LRExplorer(swept), corpus), TableExplorer(), CoordinateExplorer(checked)):
         controls = [w for w in vars(widget).values() if isinstance(w, Widget) and hasattr(w, "description") and w.keys]
         controls = [w for w in controls if not isinstance(w, HTML)]
         assert len(controls) >= 3

@@ -46,7 +46,9 @@ def test_outputs_counts_and_no_traces_of_a_machine(path):
     assert any(cell.outputs for cell in code)
     for cell in notebook.cells:
         assert set(cell.metadata.get("tags", [])) <= TAGS
-        assert set(cell.metadata) <= {"tags"}  # no times of execution
+        assert set(cell.metadata) <= {"tags", "alt"}  # no times of execution
+        pictures = any("image/png" in output.get("data", {}) for output in cell.get("outputs", []))
+        assert pictures == ("alt" in cell.metadata), "a picture says in words what it shows"
     for cell in code:
         for output in cell.outputs:
             assert output.output_type != "error"

@@ -1,6 +1,6 @@
 """Keep the course.
 
-tools/notebooks.py run [NAME ...]    run notebooks in place
+tools/notebooks.py run [NAME ...]    run notebooks, and the deck of slides, in place
 tools/notebooks.py gallery           copy each one's main figure to docs/gallery, for the README
 tools/notebooks.py student           write copies without outputs, answers and claims to student/
 """
@@ -12,6 +12,7 @@ import base64
 import re
 import shutil
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import nbformat
@@ -129,14 +130,17 @@ def _with_blanks(source: str) -> str:
     return "\n".join(lines)
 
 
-def write_student_copies(folder: Path) -> list[Path]:
-    """A student copy of every notebook, in `folder`, which lies beside `notebooks/` so that links and data are found."""
+def write_student_copies(folder: Path, names: Collection[str] = ()) -> list[Path]:
+    """A student copy of each of these notebooks, or of all, in `folder`, which lies beside `notebooks/` so that links and data
+    are found."""
     folder.mkdir(exist_ok=True)
     for stale in folder.glob("*.ipynb"):
         stale.unlink()
     shutil.copy(ROOT / "notebooks" / "notation.md", folder)
     written = []
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        if names and path.stem not in names:
+            continue
         nbformat.write(student_copy(nbformat.read(path, as_version=4)), folder / path.name)
         written.append(folder / path.name)
     return written
@@ -148,9 +152,9 @@ def main(arguments: list[str]) -> None:
         written = write_student_copies(ROOT / "student") if student else write_gallery(ROOT / "docs" / "gallery")
         print("\n".join(str(path.relative_to(ROOT)) for path in written))
     elif arguments[:1] == ["run"]:
-        names = arguments[1:] or [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
-        for name in names:
-            run(ROOT / "notebooks" / f"{name}.ipynb")
+        paths = {path.stem: path for folder in ("notebooks", "slides") for path in sorted((ROOT / folder).glob("*.ipynb"))}
+        for name in arguments[1:] or paths:
+            run(paths[name])
             print(f"{name}: run", flush=True)
     else:
         sys.exit(__doc__)
