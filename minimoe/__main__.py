@@ -11,7 +11,6 @@ if __name__ == "__main__":
 
 import argparse
 import math
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +21,8 @@ import torch
 from . import checker, flags
 from .adoption import adopt
 from .causal import imported
-from .conditions import rows_where
 from .checks import require
+from .conditions import rows_where
 from .config import Config
 from .coordinate_figures import coordinate_curves
 from .coordinates import ROUTINGS, coordinate_check, size_axis
@@ -168,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sample = command("sample", _sample, "let a trained model write")
     sample.add_argument("model", metavar="FILE", help="a file that `train --save` wrote")
-    sample.add_argument("--corpus", default="pydocs", help="the corpus it was trained on (default pydocs)")
+    sample.add_argument("--corpus", help="the corpus that it was trained on (default: as the model says)")
     sample.add_argument("--prompt", help="text to begin with (default: the corpus's first character)")
     sample.add_argument("--length", type=integer, default=400, help="characters to write (default 400)")
     sample.add_argument("--temperature", type=number, default=0.8, help="0 takes the likeliest character (default 0.8)")
@@ -221,17 +220,18 @@ def _best_lr(row) -> str:
 def _train(options: argparse.Namespace) -> None:
     corpus = load_corpus(options.corpus)
     config = Config(vocab_size=corpus.vocab_size, **config_fields(options))
-    if options.save and not os.access(Path(options.save).parent, os.W_OK):
-        raise OSError(f"--save {options.save}: its folder does not exist or cannot be written")
+    require(options.save != "", "--save", options.save, "must name a file")
+    save = writable_file("--save", options.save)
     training = TrainOptions(**train_fields(options))
     require_memory([(config, options.lr, options.steps, training)], here=available_device(options.device).type == "cpu")
     (run,) = train(config, options.lr, options.seed, corpus, options.steps, training, options.device)
+    if save:  # before the first word, which a closed pipe may refuse
+        run.model.cpu().save(save)
     history = pd.DataFrame(run.history)[["step", "train_loss", "val_loss"]]
     print(history.to_string(index=False, float_format="{:.4f}".format))
     print(f"{'diverged' if run.diverged else f'validation loss {run.val_loss:.4f} nats per character'}, {run.seconds:.0f} s")
-    if options.save:
-        run.model.cpu().save(options.save)
-        print(f"saved: {options.save}")
+    if save:
+        print(f"saved: {save}")
 
 
 def _sweep(options: argparse.Namespace) -> None:
@@ -341,11 +341,11 @@ def _explain_adopted(options: argparse.Namespace) -> None:
 
 
 def _sample(options: argparse.Namespace) -> None:
-    model, corpus = MiniMoE.load(options.model), load_corpus(options.corpus)
-    if model.config.vocab_size != corpus.vocab_size:
-        raise ValueError(
-            f"the model knows {model.config.vocab_size} symbols, corpus {corpus.name!r} has "
-            f"{corpus.vocab_size}: give the corpus that it was trained on"
-        )
-    prompt = torch.from_numpy(corpus.encode(options.prompt or corpus.symbols[0]))[None]
-    print(corpus.decode(model.generate(prompt, options.length, options.temperature, options.seed)[0]))
+    model = MiniMoE.load(options.model)
+    alphabet = model.alphabet if options.corpus is None else load_corpus(options.corpus).alphabet
+    require(alphabet is not None, "--corpus", None, "must name the corpus of this model: an older version saved it without")
+    own = model.alphabet  # of the model's corpus; older files have none
+    same = alphabet.symbols == own.symbols if own else alphabet.vocab_size == model.config.vocab_size
+    require(same, "--corpus", options.corpus, "has other symbols than the corpus that the model was trained on")
+    prompt = torch.from_numpy(alphabet.encode(options.prompt or alphabet.symbols[0]))[None]
+    print(alphabet.decode(model.generate(prompt, options.length, options.temperature, options.seed)[0]))

@@ -24,7 +24,7 @@ def typed(name: str, kind: str, value):
     if value is None and other == "None":
         return None
     if kind == PAIR:
-        if not isinstance(value, list | tuple | np.ndarray) or len(value) != 2:
+        if not isinstance(value, list | tuple | np.ndarray) or getattr(value, "ndim", 1) != 1 or len(value) != 2:
             raise TypeError(f"{name}={shown(value)}: must be a pair of numbers")
         return tuple(typed(name, "float", number) for number in value)
     if kind not in KINDS or other not in ("", "None"):

@@ -160,6 +160,7 @@ def _cached_pydocs() -> str:
     data = text.encode("ascii")
     if hashlib.sha256(data).hexdigest() in known:  # another text would not be read again
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, data)
         except OSError as error:  # the text is here all the same; next time it is made again
             warnings.warn(f"could not keep the pydocs corpus in {path.parent}: {error}", stacklevel=3)
@@ -236,6 +237,7 @@ def _cached_shakespeare() -> str:
     if not path.exists():
         data = _download(SHAKESPEARE_URL, SHAKESPEARE_BYTES)
         _check_digest(data, "the download of tiny Shakespeare")
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, data)
         return data.decode("utf-8")
     with open(path, "rb") as file:

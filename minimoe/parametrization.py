@@ -12,7 +12,6 @@ a table to work on a module.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from dataclasses import replace as dataclass_replace

@@ -91,13 +91,14 @@ def parameter(
     elif base_std is None:
         raise ValueError(f"{role}: a parameter of shape {shape} has no fan_in; give its base_std")
     std = 1 / math.sqrt(declared.fan_in(base_shape)) if base_std is None else not_negative(f"{role}: base_std", base_std)
-    made = RoleParameter(torch.zeros(shape))
+    made = RoleParameter(torch.zeros(shape, dtype=torch.float32))  # whatever torch's default is: it is in no run's key
     made.role = replace(declared, base_std=std)
     return made
 
 
 def _integers(name: str, values: Iterable[int]) -> tuple[int, ...]:
-    require(isinstance(values, Iterable) and not isinstance(values, str), name, values, "must be several integers")
+    several = isinstance(values, Iterable) and not isinstance(values, str) and getattr(values, "ndim", 1) == 1
+    require(several, name, values, "must be several integers")
     return tuple(typed(name, "int", value) for value in values)
 
 

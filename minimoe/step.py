@@ -111,11 +111,16 @@ def losses(run: Callable[[Tensor], Output], config: Config, batch: Tensor) -> tu
 
 
 def measured(run: Callable[[Tensor], Output], batches: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Over validation batches: cross-entropy (), load (L, E), mean square of the router logits (L,)."""
+    """Over validation batches: cross-entropy (), load (L, E), mean square of the router logits (L,).
+
+    The cross-entropy is infinite where all logits of a token are 0. Such a model is broken: its residual stream is so large that
+    the mean square in the last norm has overflowed, and the norm's output is 0. Its loss would be ln V, as of an untrained model.
+    """
     totals = []
     for batch in batches:
         out = run(batch[:, :-1])
         loss = F.cross_entropy(out.logits.flatten(0, 1), batch[:, 1:].flatten())
+        loss = torch.where((out.logits == 0).all(-1).any(), math.inf, loss)
         totals.append((loss, out.load, out.router_logits.square().mean((1, 2, 3))))
     loss, load, square = (sum(values) / len(batches) for values in zip(*totals, strict=True))
     return loss, load, square

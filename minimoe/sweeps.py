@@ -18,8 +18,8 @@ import torch
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tqdm.auto import tqdm
 
-from .clusters import dask_workers
 from .checks import require, whole
+from .clusters import dask_workers
 from .config import BASED, Config, config_from_dict, config_to_dict
 from .corpus import Corpus, load_corpus
 from .grids import planned_runs

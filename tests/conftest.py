@@ -31,3 +31,10 @@ def corpus():
     from minimoe.corpus import PRINTABLE
 
     return make_corpus("words", " ".join(draw.choices(words, k=4000)), PRINTABLE)
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    return str(path)

@@ -15,6 +15,7 @@ import pytest
 from minimoe import corpus as module
 from minimoe import load_corpus, make_corpus
 from minimoe.corpus import PRINTABLE
+from minimoe.files import write_whole
 
 
 def test_pydocs_is_a_megabyte_of_english_in_96_symbols(pydocs):
@@ -82,7 +83,7 @@ def test_a_pydocs_of_an_unknown_python_is_made_each_time_and_not_kept(monkeypatc
 def test_the_umask_says_who_may_read_a_cached_text(umask, mode, tmp_path):
     before = os.umask(umask)
     try:
-        module._write_whole(tmp_path / "text.txt", b"text")
+        write_whole(tmp_path / "text.txt", b"text")
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "text.txt").stat().st_mode) == mode
