@@ -50,6 +50,7 @@ class Monomial:
     __rmul__ = __mul__
 
     def __pow__(self, exponent: float) -> Monomial:
+        exponent = finite("a cell's exponent", exponent)
         if exponent == 0:
             return Monomial()
         return Monomial(self.coefficient**exponent, tuple((name, power * exponent) for name, power in self.powers))

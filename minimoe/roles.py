@@ -74,11 +74,14 @@ def parameter(
     and for axes that it does not have; ValueError or TypeError for what is no size, no finite number or a negative base_std.
     """
     role = typed("role", "str", role)
-    shape, base_shape = _integers(f"{role}: shape", shape), _integers(f"{role}: base_shape", base_shape or shape)
+    shape, base_shape = (
+        _integers(f"{role}: shape", shape),
+        _integers(f"{role}: base_shape", shape if base_shape is None else base_shape),
+    )
     if len(base_shape) != len(shape):
         raise ValueError(f"{role}: shape {shape} and base shape {base_shape} differ in their number of axes")
     if any(size < 1 for size in (*shape, *base_shape)):
-        raise ValueError(f"{role}: sizes must be positive, got {shape} with base {base_shape}")
+        raise ValueError(f"{role}: the sizes in a shape must be positive, got {shape} with base_shape {base_shape}")
     axes = (-2,) if len(shape) >= 2 else ()
     if fan_in_axes is not None:
         axes = _integers(f"{role}: fan_in_axes", fan_in_axes)

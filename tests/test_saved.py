@@ -3,12 +3,11 @@
 import io
 import os
 import random
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
+import kills
 import pytest
 import torch
 
@@ -20,16 +19,6 @@ from minimoe.files import write_whole
 
 SMALL = Config(width=32, depth=1, n_experts=4, context=16)
 KILLS = 10
-
-SAVING = """
-import sys
-from minimoe import Config, MiniMoE
-models = [MiniMoE(Config(width=64, depth=2, seed=seed)) for seed in (1, 2)]
-print("ready", flush=True)
-while True:
-    for model in models:
-        model.save(sys.argv[1])
-"""
 
 
 def same(one, other):
@@ -58,17 +47,8 @@ def test_a_model_comes_back_with_its_alphabet(corpus, tmp_path):
 
 def test_a_kill_while_saving_over_a_model_leaves_a_whole_model(tmp_path):
     """tools/kills.py does the same by the hundred."""
-    path = tmp_path / "model.pt"
-    wanted = [MiniMoE(Config(width=64, depth=2, seed=seed)) for seed in (1, 2)]
-    wanted[0].save(path)
-    for _ in range(KILLS):
-        process = subprocess.Popen([sys.executable, "-c", SAVING, str(path)], stdout=subprocess.PIPE)
-        process.stdout.readline()
-        time.sleep(random.uniform(0, 0.3))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        found = MiniMoE.load(path)
-        assert any(same(found, model) for model in wanted)
+    found = kills.killed_while_saving(kills.fresh_processes(), tmp_path / "model.pt", random.Random(0), KILLS)
+    assert sum(found) == KILLS
 
 
 def test_a_full_disk_leaves_the_old_model(path, monkeypatch):

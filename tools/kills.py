@@ -1,7 +1,7 @@
-"""Kill sweeps at random moments, and look whether anything is lost: `python tools/kills.py --times 200`.
+"""Kill sweeps, and savings of a model, at random moments, and look whether anything is lost: `python tools/kills.py --times 200`.
 
 Each sweep goes on with the store that the killed one left. When a grid is done, its store is compared with an uninterrupted
-sweep, and another grid begins. tests/test_durability.py does this until one grid is done.
+sweep, and another grid begins. tests/test_durability.py does this until one grid is done; tests/test_saved.py kills ten savings.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from minimoe import TrainOptions, make_corpus, read_sweep, sweep, sweeps
+from minimoe import Config, MiniMoE, TrainOptions, make_corpus, read_sweep, sweep, sweeps
 
 GRID = {"widths": (32, 64), "parametrizations": ("sp", "mup"), "lrs": (0.005, 0.01, 0.02), "seeds": (0, 1)}
 RUNS = 18  # 6 at the base width, 2 x 6 at width 64
@@ -53,7 +53,7 @@ def logged_sweep(log, store, corpus) -> None:
 def fresh_processes():
     """Processes forked from a clean one that has imported the package: they start at once, and hold nobody's threads."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["minimoe.sweeps", "torch._dynamo"])  # which torch.optim would import, slowly
+    context.set_forkserver_preload(["minimoe.sweeps", "minimoe.model", "torch._dynamo"])  # which torch.optim would import, slowly
     return context
 
 
@@ -109,6 +109,35 @@ def killed_until_done(context, folder: Path, corpus, draw: random.Random, longes
     return kills
 
 
+def saving(path: Path, begun) -> None:
+    """Save two models over each other, without end."""
+    models = two_models()
+    begun.set()
+    while True:
+        for model in models:
+            model.save(path)
+
+
+def two_models() -> list[MiniMoE]:
+    return [MiniMoE(Config(width=64, depth=2, seed=seed)) for seed in (1, 2)]
+
+
+def killed_while_saving(context, path: Path, draw: random.Random, times: int) -> list[int]:
+    """How often the file held the first and the second model after a kill. Raises ValueError if it held neither, whole."""
+    models, found = two_models(), [0, 0]
+    models[0].save(path)
+    for _ in range(times):
+        begun = context.Event()
+        process = context.Process(target=saving, args=(path, begun))
+        process.start()
+        assert begun.wait(PATIENCE)
+        process.join(draw.uniform(0, 0.2))
+        process.kill()
+        process.join()
+        found[MiniMoE.load(path).config.seed - 1] += 1
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--times", type=int, default=200, help="kills, at least (default 200)")
@@ -123,6 +152,10 @@ def main() -> None:
             kills += killed_until_done(context, Path(folder, str(grids)), corpus, draw, whole / 8, uninterrupted)
             grids += 1
             print(f"{kills} kills, {grids} grids of {RUNS} runs, nothing lost, {time.perf_counter() - start:.0f} s", flush=True)
+        start = time.perf_counter()
+        first, second = killed_while_saving(context, Path(folder, "model.pt"), draw, options.times)
+        print(f"{first + second} savings killed, a whole model each time ({first} the first, {second} the second), ", end="")
+        print(f"{time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":
