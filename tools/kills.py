@@ -109,10 +109,10 @@ def killed_until_done(context, folder: Path, corpus, draw: random.Random, longes
     return kills
 
 
-def saving(path: Path, begun) -> None:
+def saving(path: Path, begun: Path) -> None:
     """Save two models over each other, without end."""
     models = two_models()
-    begun.set()
+    begun.touch()
     while True:
         for model in models:
             model.save(path)
@@ -127,10 +127,11 @@ def killed_while_saving(context, path: Path, draw: random.Random, times: int) ->
     models, found = two_models(), [0, 0]
     models[0].save(path)
     for _ in range(times):
-        begun = context.Event()
-        process = context.Process(target=saving, args=(path, begun))
+        marker = path.with_name("begun")
+        marker.unlink(missing_ok=True)
+        process = context.Process(target=saving, args=(path, marker))
         process.start()
-        assert begun.wait(PATIENCE)
+        wait_until(marker.exists)
         process.join(draw.uniform(0, 0.2))
         process.kill()
         process.join()
