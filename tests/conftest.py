@@ -2,6 +2,7 @@ import random
 
 import pytest
 import torch
+from browser import chromium
 
 from minimoe import load_corpus, make_corpus
 
@@ -38,3 +39,10 @@ def text(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("the quick brown fox jumps over the lazy dog. " * 60)
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A real browser; see browser.py."""
+    with chromium() as browser:
+        yield browser

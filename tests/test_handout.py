@@ -10,11 +10,12 @@ import threading
 from pathlib import Path
 
 import cloud
-import handout
 import nbformat
 import pytest
 import website
 from browser import NEEDS_CHROMIUM, chromium
+
+import handout
 
 RUBRIC = (website.ROOT / "docs" / "rubric.md").read_text()
 
