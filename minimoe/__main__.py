@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
+from minimoe.entry import main
+
+if __name__ == "__main__":
+    sys.exit(main())  # it imports this module under its own name, and answers Ctrl-C meanwhile
+
 import argparse
 import math
-import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +21,9 @@ import torch
 from . import checker, flags
 from .adoption import adopt
 from .causal import imported
+from .checks import require
 from .conditions import rows_where
-from .config import Config, require
+from .config import Config
 from .coordinate_figures import coordinate_curves
 from .coordinates import ROUTINGS, coordinate_check, size_axis
 from .coordinates import SIZES as GROWING
@@ -26,33 +32,39 @@ from .corpus import load_corpus
 from .diagnoses import diagnosis
 from .explanations import explain, marked, side_by_side
 from .figures import lr_curves
-from .flags import add_argument, add_config, add_training, config_fields, number, numbers, path_field, size_field, train_fields
-from .grids import WIDTHS
+from .flags import (
+    add_argument,
+    add_config,
+    add_path,
+    add_training,
+    config_fields,
+    integer,
+    number,
+    numbers,
+    require_one_of,
+    size_field,
+    train_fields,
+)
+from .grids import OPTIONS, SIZES, WIDTHS
 from .model import MiniMoE
+from .outputs import figure_file, writable_file
+from .room import require_countable, require_memory
 from .step import TrainOptions
 from .sweeps import read_sweep, sweep
 from .tables import PARAMETRIZATIONS
-from .training import train
+from .training import available_device, train
 from .transfer import sentence, summary, transfer_report
 from .verdicts import exponents, exponents_text
 
 NAMES = f"of {', '.join(PARAMETRIZATIONS)}"
+AXES = (*SIZES, *OPTIONS, "steps")
 DEMO_STEPS = 140  # enough for SP's optimum to move by an octave per doubling, and two minutes on two cores
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for what cannot be done (one line on stderr), 130 after Ctrl-C."""
+def run(arguments: list[str] | None = None) -> None:
+    """Run one command. Raises what `entry.main` says in one line."""
     options = _parser().parse_args(arguments)
-    try:
-        options.run(options)
-    except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
-        message = error.args[0] if isinstance(error, KeyError) else error
-        print(f"minimoe: {' '.join(str(message).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        print(f"\nminimoe: {str(stop) or 'stopped'}", file=sys.stderr)
-        return 130
-    return 0
+    options.run(options)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -83,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     add_config(one)
     add_argument(one, explain, "lr", "base learning rate, e.g. 0.01 or 2^-6", type=number)
     add_training(one)
-    one.add_argument("--seed", type=int, default=0, help="of the initial weights and the data order (default 0)")
+    one.add_argument("--seed", type=integer, default=0, help="of the initial weights and the data order (default 0)")
     one.add_argument("--save", metavar="FILE", help="write the trained model here")
 
     many = command(
@@ -94,23 +106,24 @@ def _parser() -> argparse.ArgumentParser:
         "option with several values is an axis of the grid: --depth 2 8 32.",
     )
     usual = f"(default {' '.join(map(str, WIDTHS))})"
-    many.add_argument("--widths", type=int, nargs="+", help=f"sizes of the residual stream {usual}")
-    _add_path(many)
-    many.add_argument("--by", help="the axis to report (default: the one that has several values, or width)")
+    many.add_argument("--widths", type=integer, nargs="+", help=f"sizes of the residual stream {usual}")
+    add_path(many)
+    many.add_argument("--by", type=size_field, help="the axis to report (default: the one that has several values, or width)")
     add_argument(many, sweep, "parametrizations", NAMES, metavar="NAME")
     octaves = "numbers (0.01, 2^-6.5), or ranges of octaves such as 2^-10:2^-3, or :0.5 for halves"
     add_argument(many, sweep, "lrs", octaves, type=numbers, metavar="LR")
-    add_argument(many, sweep, "seeds", "of initial weights and data order", type=int)
+    add_argument(many, sweep, "seeds", "of initial weights and data order", type=integer)
     add_config(many, without=("width", "parametrization"), several=True)
     add_training(many, several=True)
-    many.add_argument("--jobs", type=int, help="processes on a CPU (default: one per core)")
+    many.add_argument("--jobs", type=integer, help="processes on a CPU (default: one per core)")
     _add_sweep_outputs(many, store="runs/sweep.jsonl", figure=None)
 
     checker.add_arguments(command("check", checker.run, "check a student's copies of the course's notebooks"))
 
     report = command("report", _report, "say what a run store shows: optimum, drift and regret")
     report.add_argument("store", metavar="STORE", help="a file that `sweep` or `demo` wrote")
-    add_argument(report, transfer_report, "by", "the axis of transfer: a field of Config, batch_size or steps")
+    about = "the axis of transfer: a field of Config, batch_size or steps"
+    add_argument(report, transfer_report, "by", about, type=size_field)
     report.add_argument("--figure", metavar="PNG", help="draw the curves here")
     report.add_argument(
         "--where",
@@ -129,17 +142,17 @@ def _parser() -> argparse.ArgumentParser:
         "grow together: --path width=64,128,256 n_experts=4,8,16.",
     )
     coords.add_argument("--along", type=size_field, help=f"the size that grows: {', '.join(GROWING)} (default width)")
-    coords.add_argument("--sizes", type=int, nargs="+", help="its values")
-    _add_path(coords)
+    coords.add_argument("--sizes", type=integer, nargs="+", help="its values")
+    add_path(coords)
     add_argument(coords, coordinate_check, "parametrization", NAMES, nargs="+", metavar="NAME")
     usual = " ".join(map(str, CHECKED_WIDTHS))
-    coords.add_argument("--widths", type=int, nargs="+", help=f"sizes of the residual stream (default {usual})")
-    add_argument(coords, coordinate_check, "steps", "optimiser steps", type=int)
-    add_argument(coords, coordinate_check, "seeds", "of initial weights and data order", type=int)
+    coords.add_argument("--widths", type=integer, nargs="+", help=f"sizes of the residual stream (default {usual})")
+    add_argument(coords, coordinate_check, "steps", "optimiser steps", type=integer)
+    add_argument(coords, coordinate_check, "seeds", "of initial weights and data order", type=integer)
     add_argument(coords, coordinate_check, "lr", "constant learning rate", type=number)
     add_argument(coords, coordinate_check, "corpus", "pydocs, shakespeare or a UTF-8 text file")
     add_argument(coords, coordinate_check, "routing", "see `coordinate_check`", choices=ROUTINGS)
-    coords.add_argument("--jobs", type=int, help="processes on a CPU (default: one per core)")
+    coords.add_argument("--jobs", type=integer, help="processes on a CPU (default: one per core)")
     coords.add_argument("--device", help="cpu or cuda (default: a GPU when there is one)")
     coords.add_argument("--csv", metavar="FILE", help="write the whole exponents table here")
     coords.add_argument("--figure", default="runs/coords.png", metavar="PNG", help="draw it here (default runs/coords.png)")
@@ -154,17 +167,12 @@ def _parser() -> argparse.ArgumentParser:
 
     sample = command("sample", _sample, "let a trained model write")
     sample.add_argument("model", metavar="FILE", help="a file that `train --save` wrote")
-    sample.add_argument("--corpus", default="pydocs", help="the corpus it was trained on (default pydocs)")
+    sample.add_argument("--corpus", help="the corpus that it was trained on (default: as the model says)")
     sample.add_argument("--prompt", help="text to begin with (default: the corpus's first character)")
-    sample.add_argument("--length", type=int, default=400, help="characters to write (default 400)")
-    sample.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest character (default 0.8)")
-    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--length", type=integer, default=400, help="characters to write (default 400)")
+    sample.add_argument("--temperature", type=number, default=0.8, help="0 takes the likeliest character (default 0.8)")
+    sample.add_argument("--seed", type=integer, default=0)
     return parser
-
-
-def _add_path(parser: argparse.ArgumentParser) -> None:
-    about = "sizes that grow together, e.g. width=32,64,128 n_experts=4,8,16"
-    parser.add_argument("--path", type=path_field, nargs="+", default=[], metavar="FIELD=A,B", help=about)
 
 
 def _add_sweep_outputs(parser: argparse.ArgumentParser, store: str, figure: str | None) -> None:
@@ -173,20 +181,19 @@ def _add_sweep_outputs(parser: argparse.ArgumentParser, store: str, figure: str 
 
 
 def _demo(options: argparse.Namespace) -> None:
-    start = time.perf_counter()
+    start, options.figure = time.perf_counter(), figure_file(options.figure)
     print("Training loss against learning rate for three widths under sp, simplep and mup, on the pydocs corpus.")
     frame = sweep(steps=DEMO_STEPS, store=options.store)
     print(f"{len(frame)} rows, {frame.key.nunique()} runs in {time.perf_counter() - start:.0f} s ({options.store})\n")
     _show(frame, "width", options.figure)
 
 
-def _show(frame: pd.DataFrame, by: str, figure: str | None) -> None:
+def _show(frame: pd.DataFrame, by: str, figure: Path | None) -> None:
     """The report as a table, a sentence per parametrization, and the figure."""
     report = transfer_report(frame, by)
     print(_report_table(report, by), "\n")
     print("\n".join(sentence(rows, by) for _, rows in report.groupby("parametrization", sort=False)))
     if figure:
-        Path(figure).parent.mkdir(parents=True, exist_ok=True)
         lr_curves(frame, by).savefig(figure, dpi=150)
         print(f"\nfigure: {figure}")
 
@@ -213,18 +220,23 @@ def _best_lr(row) -> str:
 def _train(options: argparse.Namespace) -> None:
     corpus = load_corpus(options.corpus)
     config = Config(vocab_size=corpus.vocab_size, **config_fields(options))
-    if options.save and not os.access(Path(options.save).parent, os.W_OK):
-        raise OSError(f"--save {options.save}: its folder does not exist or cannot be written")
-    (run,) = train(config, options.lr, options.seed, corpus, options.steps, TrainOptions(**train_fields(options)), options.device)
+    require(options.save != "", "--save", options.save, "must name a file")
+    save = writable_file("--save", options.save)
+    training = TrainOptions(**train_fields(options))
+    require_memory([(config, options.lr, options.steps, training)], here=available_device(options.device).type == "cpu")
+    (run,) = train(config, options.lr, options.seed, corpus, options.steps, training, options.device)
+    if save:  # before the first word, which a closed pipe may refuse
+        run.model.cpu().save(save)
     history = pd.DataFrame(run.history)[["step", "train_loss", "val_loss"]]
     print(history.to_string(index=False, float_format="{:.4f}".format))
     print(f"{'diverged' if run.diverged else f'validation loss {run.val_loss:.4f} nats per character'}, {run.seconds:.0f} s")
-    if options.save:
-        run.model.cpu().save(options.save)
-        print(f"saved: {options.save}")
+    if save:
+        print(f"saved: {save}")
 
 
 def _sweep(options: argparse.Namespace) -> None:
+    require_one_of("--by", options.by, AXES)
+    options.figure = figure_file(options.figure)
     axes, path = config_fields(options) | train_fields(options), dict(options.path)
     betas = {"betas": axes.pop("betas")} if "betas" in axes else {}
     frame = sweep(
@@ -255,6 +267,8 @@ def _flat(lrs: Sequence) -> list[float]:
 
 
 def _report(options: argparse.Namespace) -> None:
+    require_one_of("--by", options.by, AXES)
+    options.figure = figure_file(options.figure)
     frame = read_sweep(options.store)
     for condition in options.where:
         frame = rows_where(frame, condition)
@@ -263,10 +277,11 @@ def _report(options: argparse.Namespace) -> None:
 
 def _coords(options: argparse.Namespace) -> None:
     start = time.perf_counter()
-    _make_writable(options.figure, options.csv)
+    figure, csv = figure_file(options.figure), writable_file("--csv", options.csv)
     fields = config_fields(options, without=("parametrization", "width"))
     if (options.along is None) != (options.sizes is None):
         raise ValueError("--along and --sizes belong together: --along depth --sizes 2 4 8")
+    require_one_of("--along", options.along, GROWING)
     if options.along == "width":
         options.widths = options.sizes
     elif options.along:
@@ -290,19 +305,11 @@ def _coords(options: argparse.Namespace) -> None:
         print(f"{name}: exponents in the {axis}, measured (predicted)\n{exponents_text(rows)}\n")
         if name in said:
             print(f"{name}: {said[name]}\n")
-    if options.csv:
-        table.to_csv(options.csv, index=False)
-    coordinate_curves(frame).savefig(options.figure, dpi=120)
-    print(f"{time.perf_counter() - start:.0f} s; figure: {options.figure}")
-
-
-def _make_writable(*paths: str | None) -> None:
-    """Make the folders of these files. Raises OSError, before any work, where a file could not be written."""
-    for path in filter(None, paths):
-        folder = Path(path).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK) or Path(path).is_dir():
-            raise OSError(f"{path} cannot be written")
+    if csv:
+        table.to_csv(csv, index=False)
+    if figure:
+        coordinate_curves(frame).savefig(figure, dpi=120)
+    print(f"{time.perf_counter() - start:.0f} s; figure: {figure}")
 
 
 def _explain(options: argparse.Namespace) -> None:
@@ -312,6 +319,7 @@ def _explain(options: argparse.Namespace) -> None:
     fields = config_fields(options, without=("parametrization",))
     configs = [Config(**fields, parametrization=name) for name in options.parametrization]
     for config in configs:
+        require_countable(config)
         print(config.parametrization, "\n")
     if len(configs) > 1:
         print(marked(side_by_side(configs[0], options.parametrization)))
@@ -333,15 +341,11 @@ def _explain_adopted(options: argparse.Namespace) -> None:
 
 
 def _sample(options: argparse.Namespace) -> None:
-    model, corpus = MiniMoE.load(options.model), load_corpus(options.corpus)
-    if model.config.vocab_size != corpus.vocab_size:
-        raise ValueError(
-            f"the model knows {model.config.vocab_size} symbols, corpus {corpus.name!r} has "
-            f"{corpus.vocab_size}: give the corpus that it was trained on"
-        )
-    prompt = torch.from_numpy(corpus.encode(options.prompt or corpus.symbols[0]))[None]
-    print(corpus.decode(model.generate(prompt, options.length, options.temperature, options.seed)[0]))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    model = MiniMoE.load(options.model)
+    alphabet = model.alphabet if options.corpus is None else load_corpus(options.corpus).alphabet
+    require(alphabet is not None, "--corpus", None, "must name the corpus of this model: an older version saved it without")
+    own = model.alphabet  # of the model's corpus; older files have none
+    same = alphabet.symbols == own.symbols if own else alphabet.vocab_size == model.config.vocab_size
+    require(same, "--corpus", options.corpus, "has other symbols than the corpus that the model was trained on")
+    prompt = torch.from_numpy(alphabet.encode(options.prompt or alphabet.symbols[0]))[None]
+    print(alphabet.decode(model.generate(prompt, options.length, options.temperature, options.seed)[0]))

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from .adoption import Plan, logits, next_token_loss
-from .config import require, whole
+from .checks import require, whole
 from .corpus import Corpus, load_corpus
 from .parametrization import Parametrization, require_distinct_names
 from .step import TrainOptions, lr_factor

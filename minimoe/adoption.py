@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from .causal import Batch, Build, config_changes, logits, made_by, next_token_loss, rows_in_parts, scalings, text_for, tokens_of
-from .config import require, whole
+from .checks import require, whole
 from .explanations import Explanation, why
 from .modules import ROUTER, check_module
 from .parametrization import Parametrization, Rule

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter
 
-from .config import require
+from .checks import require
 from .coordinates import LOSS, size_axis
-from .figures import ALERT, PALETTE, QUIET
+from .figures import ALERT, PALETTE, QUIET, plain
 from .probe import OUTSIDE
 from .verdicts import BROKEN, exponents, layers_compared
 
@@ -54,7 +54,7 @@ def allocation_map(frame: pd.DataFrame, step: int | None = None) -> Figure:
     figure = Figure(figsize=((2.9 + 0.5 * means.shape[1]) * len(names) + 0.6, ROW * (tall + 1) + 1.3), layout="constrained")
     for place, (axes, name) in enumerate(zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True)):
         _draw_map(axes, lines[lines.parametrization == name], means.loc[name], labels=place == 0 or len(names) < 3)
-        axes.set_title(f"{name}\n", fontsize=11)
+        axes.set_title(f"{plain(name)}\n", fontsize=11)
         axes.set_xlabel(axis)
     smallest = means.columns.min()
     words = f"Numbers and colours: log2 of the allocation over that at {axis} {smallest:g}. Red has grown, blue has shrunk. "
@@ -106,7 +106,7 @@ def _cell(column: int, height: float, shade) -> Rectangle:
 def _label(row) -> str:
     if row.tensor == LOSS:
         return "sum of all" if row.quantity == "allocation" else "true fall of the loss"
-    return f"{row.tensor}{'' if row.layer in (OUTSIDE, 'sum') else f', layer {row.layer}'}"
+    return f"{plain(row.tensor)}{'' if row.layer in (OUTSIDE, 'sum') else f', layer {row.layer}'}"
 
 
 def learning_shares(books: pd.DataFrame) -> Figure:
@@ -126,7 +126,7 @@ def learning_shares(books: pd.DataFrame) -> Figure:
         for axes, width in zip(line, widths, strict=True):
             own = books[(books.parametrization == table) & (books.width == width)]
             _draw_shares(axes, own, colours)
-            axes.set_title(f"{table}, width {width}, LR 2^{math.log2(own.lr.iloc[0]):.1f}", fontsize=9)
+            axes.set_title(f"{plain(table)}, width {width}, LR 2^{math.log2(own.lr.iloc[0]):.1f}", fontsize=9)
         line[0].set_ylabel("fall of the loss (nats)")
     for axes in panels[-1]:
         axes.set_xlabel("step")
@@ -143,7 +143,7 @@ def _draw_shares(axes: Axes, books: pd.DataFrame, colours: dict[str, tuple]) -> 
     for role, colour in colours.items():
         share = np.array([0.0, *by_role[role]])
         bottom = np.where(share >= 0, above, below)
-        axes.fill_between(steps, bottom, bottom + share, color=colour, linewidth=0, label=role)
+        axes.fill_between(steps, bottom, bottom + share, color=colour, linewidth=0, label=plain(role))
         above, below = above + np.maximum(share, 0), below + np.minimum(share, 0)
     mean, spread = (np.array([0.0, *values]) for values in (falls.mean(axis=1), falls.std(axis=1).fillna(0)))
     axes.plot(steps, mean, color="black", linewidth=1.5, label="true fall")
@@ -177,7 +177,7 @@ def promise_and_fall(books: pd.DataFrame) -> Figure:
         axes.set_xticks(means.index, [f"{width:g}" for width in means.index])
         axes.yaxis.set_major_formatter(FuncFormatter(lambda nats, _: f"{nats:g}"))
         axes.set_xlabel("width")
-        axes.set_title(table)
+        axes.set_title(plain(table))
         axes.grid(alpha=0.25)
     figure.axes[0].set_ylabel(f"nats, after {books.step.max()} steps at LR 2^{math.log2(books.lr.iloc[0]):g}")
     handles, names = figure.axes[0].get_legend_handles_labels()

@@ -25,7 +25,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from .config import require, whole
+from .checks import require, whole
 
 BOUND = 0.10  # of the closure: where sum over fall lies farther from 1, nothing is concluded
 ENOUGH = 0.02  # a rule is taken if sum and fall differ by at most this part of the larger of fall and turnover

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .config import require, whole
+from .checks import require, whole
 from .corpus import load_corpus
 
 Batch = Tensor | Mapping[str, Tensor]  # token ids (B, T), or keyword arguments that contain `input_ids`

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import product
-from numbers import Integral, Real
 from types import SimpleNamespace
 
+from .checks import LIMIT, not_negative, require, shown, typed
 from .parametrization import TRAINING, Parametrization
 from .tables import parametrization
 
@@ -99,41 +98,15 @@ def differing(values: Mapping[str, object], neutral: Mapping[str, object]) -> di
     return {name: value for name, value in values.items() if name not in neutral or value != neutral[name]}
 
 
-def typed(name: str, kind: str, value):
-    """The value as the field's own type, numpy's numbers included. Raises TypeError."""
-    if kind == "bool" and not isinstance(value, bool):
-        raise TypeError(f"{name}={value!r}: must be True or False")
-    if kind.startswith("int") and value is not None:
-        if isinstance(value, bool) or not isinstance(value, Integral):
-            raise TypeError(f"{name}={value!r}: must be an integer")
-        return int(value)
-    if kind == "float":
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(f"{name}={value!r}: must be a number")
-        return float(value)
-    return value
-
-
-def require(valid: bool, name: str, value, rule: str) -> None:
-    """Raise ValueError, naming a field, its value and what would be valid, unless it is."""
-    if not valid:
-        raise ValueError(f"{name}={value!r}: {rule}")
-
-
-def whole(value, least: int) -> bool:
-    """Whether the value is an integer, numpy's included, and at least so large."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
-
-
 def _check(c: Config) -> None:
     for f in fields(c):
         value = getattr(c, f.name)
         if f.name == "seed":
-            require(0 <= value < 2**63, f.name, value, "must be an integer from 0 to 2^63 - 1")
+            require(0 <= value < LIMIT, f.name, value, "must be an integer from 0 to 2^63 - 1")
         elif f.type.startswith("int"):
-            require(value is None or value >= 1, f.name, value, "must be a positive integer")
+            require(value is None or 1 <= value < LIMIT, f.name, value, "must be a positive integer below 2^63")
         elif f.type == "float":
-            require(math.isfinite(value) and value >= 0, f.name, value, "must be finite and not negative")
+            not_negative(f.name, value)
     require(c.activation in ACTIVATIONS, "activation", c.activation, f"must be one of {', '.join(ACTIVATIONS)}")
     for base, size in (("", lambda name: getattr(c, name)), ("base_", c.base_size)):  # the base is a model too
         hidden = c.expert_ratio * size("width")
@@ -194,6 +167,7 @@ def points(axes: Mapping[str, Axis], path: Mapping[str, Iterable] | None = None)
     """
     functions = {name: value for name, value in axes.items() if callable(value)}
     listed = {name: several(name, value) for name, value in axes.items() if name not in functions}
+    require(path is None or isinstance(path, Mapping), "path", path, "must be name -> values")
     together = {name: _listed(name, value) for name, value in (path or {}).items()}
     if both := sorted(set(together) & set(axes)):
         raise ValueError(f"{', '.join(both)}: give it on the path or by itself, not both")
@@ -208,11 +182,15 @@ def points(axes: Mapping[str, Axis], path: Mapping[str, Iterable] | None = None)
 
 def several(name: str, values: Axis) -> list:
     """The distinct values of an axis, in order: of one value, a list of it. Raises ValueError if there are none."""
-    return [*dict.fromkeys(_listed(name, values))]
+    try:
+        return [*dict.fromkeys(_listed(name, values))]
+    except TypeError:  # a list in the list
+        raise TypeError(f"{name}={shown(values)}: must be one value or several") from None
 
 
 def _listed(name: str, values: Axis) -> list:
-    listed = list(values) if isinstance(values, Iterable) and not isinstance(values, str) else [values]
+    alone = isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0
+    listed = [values] if alone else list(values)
     if not listed:
         raise ValueError(f"{name} is empty: give at least one value")
     return listed

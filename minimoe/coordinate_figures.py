@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
 from .coordinates import size_axis
-from .figures import ALERT, QUIET, draw_curve, fit_losses, label_octaves, styles
+from .figures import ALERT, QUIET, draw_curve, fit_losses, label_octaves, plain, styles
 from .probe import OUTSIDE
 from .theory import TOLERANCE, Growth, wanted
 from .transfer import mean_losses
@@ -47,7 +47,7 @@ def coordinate_curves(frame: pd.DataFrame, layer: int | str | None = None) -> Fi
     columns, rows = min(COLUMNS, number), math.ceil(number / COLUMNS)
     figure = Figure(figsize=(max(9, 2.08 * columns), (2.2 if rows > 1 else 2.9) * rows * len(names) + 0.5), layout="constrained")
     for part, name in zip(np.atleast_1d(figure.subfigures(len(names), 1)), names, strict=True):
-        part.suptitle(f"{name}: growth with {axis}", fontsize=12)
+        part.suptitle(f"{plain(name)}: growth with {axis}", fontsize=12)
         own = table[(table.parametrization == name) & (table.layer.isin((layer, OUTSIDE)) | (layer is None))]
         tensors = in_forward_order(own[own.quantity.isin(MOVED)])
         panels = part.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
@@ -109,7 +109,7 @@ def _draw_tensor(axes: Axes, rows: pd.DataFrame, means: pd.Series) -> None:
         word = f" {row.verdict}" if row.verdict in (*BROKEN, "zero", "negative", "withheld") else ""
         said.append((f"{quantity} {row.measured:+.2f}{word}", alert))
     place = "" if layer == OUTSIDE else f", layer {layer}"
-    axes.set_title(f"{tensor}{place}\n" + "\n".join(text for text, _ in said), fontsize=9)
+    axes.set_title(f"{plain(tensor)}{place}\n" + "\n".join(text for text, _ in said), fontsize=9)
     if any(alert for _, alert in said):
         axes.title.set_color(ALERT)
     axes.set_xscale("log", base=2)
@@ -162,7 +162,7 @@ def exponents_chart(predicted: pd.DataFrame, table: pd.DataFrame | None = None) 
                     at = place + 0.12 * (1 - 2 * (found.layer % 2)) * (found.layer != OUTSIDE)
                     color = ALERT if found.verdict in BROKEN else QUIET
                     axes.errorbar(_in_sight(found.measured), at, xerr=found.stderr, fmt="o", markersize=4, color=color)
-        axes.set_yticks(range(len(tensors)), reversed(tensors))
+        axes.set_yticks(range(len(tensors)), [plain(name) for name in reversed(tensors)])
         axes.set_xlim(-FARTHEST - 0.1, FARTHEST + 0.1)
         axes.set_xlabel(f"exponent of the {quantity} in the width")
         axes.grid(alpha=0.25, axis="x")
@@ -250,7 +250,9 @@ def router_rules(check: pd.DataFrame, frame: pd.DataFrame, loss: str = "val_loss
     growth = _growth(check)
     for upper, lower, name in zip(above, below, names, strict=True):
         _draw_tensor(upper, router[router.parametrization == name], growth[name])
-        upper.set_title(f"{name}\n" + "\n".join(upper.get_title().split("\n")[1:]), fontsize=9, color=upper.title.get_color())
+        upper.set_title(
+            f"{plain(name)}\n" + "\n".join(upper.get_title().split("\n")[1:]), fontsize=9, color=upper.title.get_color()
+        )
         for width, curve in means[means.parametrization == name].groupby("width"):
             draw_curve(lower, curve.sort_values("lr"), f"{width:g}", looks[width], top, minima=True)
         label_octaves(lower, sorted(means.lr.unique()))

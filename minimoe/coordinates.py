@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -32,15 +31,18 @@ import torch
 from torch import Tensor
 
 from .allocations import Entry, Ledger
-from .config import BASED, Config, require, whole
+from .checks import require, whole
+from .config import BASED, Config
 from .corpus import Corpus, load_corpus
 from .grids import Planned, planned_runs
 from .model import MiniMoE
 from .parametrization import Parametrization
 from .probe import OUTSIDE, Observed, observed, output, route_by, sites
+from .room import require_memory
 from .step import SingleRun, TrainOptions, losses
 from .theory import NONE, TOLERANCE, exponents_between, site_labels
 from .training import TextData, available_device, one_thread, windows
+from .workers import finished
 
 PROBED = 512  # validation tokens
 WIDTHS = (64, 128, 256, 512)
@@ -107,19 +109,23 @@ def coordinate_check(
     corpus, device = load_corpus(corpus), available_device(device)
     axes, path = _with_bases({"width": widths, **fields, "batch_size": batch_size, "steps": steps}, dict(path or {}))
     runs = planned_runs(parametrization, [lr], seeds, corpus, TrainOptions(eps=eps), axes, path)
+    require_memory(runs, here=device.type == "cpu")
     axis = size_axis(pd.DataFrame([_sizes(run) for run in runs]))
     expected = {table: [_expected(rows, axis, law) for law in (False, True)] for table, rows in _by_table(runs).items()}
     longest_first = sorted(runs, key=lambda run: tuple(-size for size in _sizes(run).values()))
-    jobs = (
-        joblib.delayed(_measured_run)(run, corpus, device, routing, expected[run.config.parametrization.name])
-        for run in longest_first
-    )
+    jobs = ((run, corpus, device, routing, expected[run.config.parametrization.name]) for run in longest_first)
     n_jobs = min(n_jobs or joblib.cpu_count(), len(runs)) if device.type == "cpu" else 1
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "A worker stopped while some jobs")  # a wide model is no memory leak
-        with joblib.parallel_config("loky", inner_max_num_threads=1) if n_jobs > 1 else joblib.parallel_config("sequential"):
-            measured = dict(zip(longest_first, joblib.Parallel(n_jobs)(jobs), strict=True))
+    if n_jobs > 1:
+        rows = dict(finished((joblib.delayed(_numbered_rows)(*job) for job in enumerate(jobs)), n_jobs))
+    else:
+        rows = dict(_numbered_rows(*job) for job in enumerate(jobs))
+    measured = {run: rows[number] for number, run in enumerate(longest_first)}
     return pd.DataFrame([row for run in runs for row in measured[run]])
+
+
+def _numbered_rows(number: int, job: tuple) -> tuple[int, list[dict]]:
+    """(the number, the run's rows): processes finish in an order of their own."""
+    return number, _measured_run(*job)
 
 
 def _with_bases(axes: dict, path: dict) -> tuple[dict, dict]:

@@ -12,7 +12,6 @@ import inspect
 import os
 import platform
 import sysconfig
-import tempfile
 import urllib.error
 import urllib.request
 import warnings
@@ -23,9 +22,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .files import write_whole
+from .memory import require_room
+
 PRINTABLE = "\n" + "".join(map(chr, range(32, 127)))  # 96 symbols: pydocs' vocabulary on every Python
 VALIDATION_FRACTION = 0.1
 PYDOCS_RECIPE = 1  # part of the cache file's name: raise it when `_pydocs_text` changes
+PYDOCS_SHA256 = {  # of the texts that a cache may hold, by Python: anybody may have written the file
+    "3.11.2": ("089a7a56baaffbe63d9a00f37c3a263dd4cd3d2c89aba19c0ab1bc93ae117894",),  # Debian's
+    "3.11.7": ("64789c26d17d762609557f2d4e171b3c6fa9e51616fa14d0293a97a53c42bd58",),
+    "3.12.1": ("b8d60813a7d9ecac6b610f1e184adf8865e4684124f6202dd1f0a2606bba154d",),
+    "3.13.0": ("260d885fb424d1324bef7a06c687b8d26a1f2f4f82199ab45d68c305919920c9",),
+}
+PYDOCS_BYTES = 10_000_000  # at most
+CHUNK = 1 << 20  # characters
+COPIES = 3  # of a text, at least, are in memory while it is read: its bytes, its characters and its tokens
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_BYTES = 1_115_394
@@ -33,20 +44,13 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 TIMEOUT = 30  # seconds without a byte before a download counts as interrupted
 
 
-@dataclass(frozen=True, eq=False)
-class Corpus:
-    """A text as tokens, split by position: the first 90% to train on, the rest to validate."""
+@dataclass(frozen=True)
+class Alphabet:
+    """The characters of a corpus, and which corpus it was: what a trained model needs to read and write."""
 
     name: str
     symbols: str  # symbols[i] is the character of token i
-    train: np.ndarray  # (n,) smallest unsigned integers that hold a token
-    val: np.ndarray  # likewise
     digest: str  # SHA-256 of the text as UTF-8
-
-    def __post_init__(self):
-        for split in (self.train, self.val):
-            if split.size and not (split.min() >= 0 and split.max() < len(self.symbols)):
-                raise ValueError(f"corpus {self.name!r} has tokens outside its {len(self.symbols)} symbols")
 
     @property
     def vocab_size(self) -> int:
@@ -60,6 +64,24 @@ class Corpus:
     def decode(self, tokens) -> str:
         """The text of a one-dimensional sequence of tokens."""
         return "".join(self.symbols[int(token)] for token in tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus(Alphabet):
+    """A text as tokens, split by position: the first 90% to train on, the rest to validate."""
+
+    train: np.ndarray  # (n,) smallest unsigned integers that hold a token
+    val: np.ndarray  # likewise
+
+    def __post_init__(self):
+        for split in (self.train, self.val):
+            if split.size and not (split.min() >= 0 and split.max() < len(self.symbols)):
+                raise ValueError(f"corpus {self.name!r} has tokens outside its {len(self.symbols)} symbols")
+
+    @property
+    def alphabet(self) -> Alphabet:
+        """Without the text."""
+        return Alphabet(self.name, self.symbols, self.digest)
 
     def require_context(self, context: int) -> None:
         """Raise ValueError unless both splits hold at least one sequence of `context` characters and its targets."""
@@ -84,6 +106,7 @@ def load_corpus(corpus: str | os.PathLike | Corpus) -> Corpus:
     path = Path(corpus)
     if not path.is_file():
         raise FileNotFoundError(f"no corpus {str(corpus)!r}: give pydocs, shakespeare, or the path of a UTF-8 text file")
+    require_room("corpus", path, COPIES)
     try:
         text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -98,18 +121,26 @@ def make_corpus(name: str, text: str, symbols: str | None = None) -> Corpus:
     symbols = "".join(sorted(set(text if symbols is None else symbols)))
     tokens = _tokens(text, symbols)
     split = len(tokens) - int(len(tokens) * VALIDATION_FRACTION)
-    return Corpus(name, symbols, tokens[:split], tokens[split:], hashlib.sha256(text.encode()).hexdigest())
+    return Corpus(name, symbols, hashlib.sha256(text.encode()).hexdigest(), tokens[:split], tokens[split:])
 
 
 def _tokens(text: str, symbols: str) -> np.ndarray:
-    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-    alphabet = np.frombuffer(symbols.encode("utf-32-le"), dtype=np.uint32)  # sorted
-    tokens = np.searchsorted(alphabet, codes).clip(max=len(alphabet) - 1)
-    unknown = alphabet[tokens] != codes
-    if unknown.any():
-        strangers = "".join(sorted(set(map(chr, codes[unknown]))))
-        raise ValueError(f"characters outside the vocabulary: {strangers[:20]!r}")
-    return tokens.astype(np.min_scalar_type(len(alphabet) - 1))
+    alphabet = _codes(symbols)  # sorted
+    tokens = np.empty(len(text), np.min_scalar_type(len(alphabet) - 1))
+    for start in range(0, len(text), CHUNK):  # all at once would take twenty times the text's memory
+        codes = _codes(text[start : start + CHUNK])
+        found = np.searchsorted(alphabet, codes).clip(max=len(alphabet) - 1)
+        unknown = alphabet[found] != codes
+        if unknown.any():
+            strangers = "".join(sorted(set(map(chr, codes[unknown]))))
+            raise ValueError(f"characters outside the vocabulary: {strangers[:20]!r}")
+        tokens[start : start + CHUNK] = found
+    return tokens
+
+
+def _codes(text: str) -> np.ndarray:
+    """The characters' numbers; half a surrogate pair, as a terminal may pass it on, is a character too."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
 
 
 def cache_folder() -> Path:
@@ -119,33 +150,31 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minimoe"
 
 
-def _write_whole(path: Path, data: bytes) -> None:
-    """Write the file in one step, so that no reader ever sees a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 def _cached_pydocs() -> str:
-    """The pydocs text, made once for this Python; the file's name holds its digest, so a damaged cache is made again."""
-    folder, stem = cache_folder(), f"pydocs-{platform.python_version()}-{PYDOCS_RECIPE}-"
-    for path in sorted(folder.glob(f"{stem}*.txt")):
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() == path.stem.removeprefix(stem):
-            return data.decode("ascii")
+    """The pydocs text: from the cache, where the file is one whose digest this module knows, or made again, in seconds."""
+    version = platform.python_version()
+    path, known = cache_folder() / f"pydocs-{version}-{PYDOCS_RECIPE}.txt", PYDOCS_SHA256.get(version, ())
+    if known and (data := _bytes_of(path, PYDOCS_BYTES)) and hashlib.sha256(data).hexdigest() in known:
+        return data.decode("ascii")
     text = _pydocs_text()
     data = text.encode("ascii")
-    try:
-        _write_whole(folder / f"{stem}{hashlib.sha256(data).hexdigest()}.txt", data)
-    except OSError as error:  # the text is here all the same; next time it is made again
-        warnings.warn(f"could not keep the pydocs corpus in {folder}: {error}", stacklevel=3)
+    if hashlib.sha256(data).hexdigest() in known:  # another text would not be read again
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, data)
+        except OSError as error:  # the text is here all the same; next time it is made again
+            warnings.warn(f"could not keep the pydocs corpus in {path.parent}: {error}", stacklevel=3)
     return text
+
+
+def _bytes_of(path: Path, most: int) -> bytes:
+    """The file's bytes; none if it is not there, cannot be read, or is larger than `most`."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(most + 1)
+    except OSError:
+        return b""
+    return data if len(data) <= most else b""
 
 
 def _pydocs_text() -> str:
@@ -208,9 +237,11 @@ def _cached_shakespeare() -> str:
     if not path.exists():
         data = _download(SHAKESPEARE_URL, SHAKESPEARE_BYTES)
         _check_digest(data, "the download of tiny Shakespeare")
-        _write_whole(path, data)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, data)
         return data.decode("utf-8")
-    data = path.read_bytes()
+    with open(path, "rb") as file:
+        data = file.read(SHAKESPEARE_BYTES + 1)
     _check_digest(data, f"{path} (delete it to download it again)")
     return data.decode("utf-8")
 
@@ -235,6 +266,8 @@ def _download(url: str, size: int) -> bytes:
                 while chunk := response.read(1 << 16):
                     received += chunk
                     bar.update(len(chunk))
+                    if len(received) > size:
+                        raise ValueError(f"{url} sends more than the expected {size} bytes: it is another file")
             announced = int(response.headers.get("Content-Length") or len(received))
         if len(received) < announced:
             raise ConnectionError(f"interrupted after {len(received)} of {announced} bytes")

@@ -11,7 +11,8 @@ from html import escape
 import pandas as pd
 from torch import nn
 
-from .config import Config, require
+from .checks import require
+from .config import Config
 from .identity import declared
 from .model import MiniMoE
 from .parametrization import Parametrization, Rule, require_distinct_names

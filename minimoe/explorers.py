@@ -79,8 +79,8 @@ class TableExplorer(Explorer):
         self.text.value = "measuring ..."
         try:
             self.measured = exponents(coordinate_check(self.table, **self.measure, **self.fields))
-        except (ValueError, TypeError) as error:
-            self.text.value = f"<b>{html.escape(str(error))}</b>"
+        except Exception as error:  # of a button: it would be seen nowhere, and "measuring ..." would stand for ever
+            self.text.value = f"<b>{html.escape(str(error) or type(error).__name__)}</b>"
             return
         self.refresh()
 

@@ -107,8 +107,13 @@ def _sketched(sketch: dict, means: pd.DataFrame, by: str, swapped: bool) -> dict
     return {value: dict(sorted(points.items())) for value, points in sketch.items()}
 
 
+def plain(name: str) -> str:
+    """A name as matplotlib shows it letter by letter: a dollar sign would begin a formula. For every name in a picture."""
+    return str(name).replace("$", r"\$")
+
+
 def _name(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:g}"
+    return plain(value) if isinstance(value, str) else f"{value:g}"
 
 
 def _panels(number: int, loss: str, size: tuple[float, float] | None) -> tuple[Figure, list[Axes]]:
@@ -133,9 +138,8 @@ def _titles(frame: pd.DataFrame, by: str, loss: str) -> dict[str, str]:
     report = transfer_report(frame, by, loss)
     sizes = report.groupby("parametrization").size()
     rows = summary(report).itertuples()
-    return {
-        row.parametrization: row.parametrization + (f"\n{_drift(row)}" if sizes[row.parametrization] > 1 else "") for row in rows
-    }
+    drifts = {row.parametrization: f"\n{_drift(row)}" if sizes[row.parametrization] > 1 else "" for row in rows}
+    return {name: plain(name) + drift for name, drift in drifts.items()}
 
 
 def table_styles(names: Iterable[str]) -> dict[str, dict]:
@@ -225,8 +229,8 @@ def drift_chart(report: pd.DataFrame, by: str, references: dict[str, float] | No
         axes.plot(row.per_doubling, place, "o", color=QUIET, markersize=7, markerfacecolor="white" if alone else QUIET)
     axes.axvline(0, color=QUIET, linewidth=0.8)
     for (name, octaves), style in zip((references or {}).items(), ("-", "--", "-.", ":"), strict=False):
-        axes.axvline(octaves, color=ALERT, linestyle=style, linewidth=1.2, label=f"{name}: {octaves:+g}")
-    axes.set_yticks(range(len(report)), report.parametrization)
+        axes.axvline(octaves, color=ALERT, linestyle=style, linewidth=1.2, label=f"{plain(name)}: {octaves:+g}")
+    axes.set_yticks(range(len(report)), [plain(name) for name in report.parametrization])
     axes.set_ylim(len(report) - 0.5, -0.5)
     axes.set_xlabel(f"octaves of the best LR per doubling of {by.replace('_', ' ')}")
     axes.grid(alpha=0.25, axis="x")

@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from itertools import product
 from typing import NamedTuple
 
+from .checks import positive
 from .config import Axis, Config, points, several
 from .corpus import Corpus
 from .parametrization import Parametrization, require_distinct_names
@@ -54,7 +55,7 @@ def planned_runs(
         raise TypeError(f"unknown field {name!r}: {f'give {GIVEN_AS[name]} instead' if name in GIVEN_AS else known}")
     tables = [*dict.fromkeys(parametrization(table) for table in several("parametrizations", parametrizations))]
     require_distinct_names(tables)
-    lrs, seeds = [float(lr) for lr in several("lrs", lrs)], several("seeds", seeds)
+    lrs, seeds = [positive("lr", lr) for lr in several("lrs", lrs)], several("seeds", seeds)
     planned = []
     for table, point in product(tables, points(axes, path)):
         sizes = {name: value for name, value in point.items() if name in SIZES}

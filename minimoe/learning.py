@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from .allocations import Ledger, closure
-from .config import Config, require, whole
+from .checks import require, whole
+from .config import Config
 from .coordinates import PROBED
 from .corpus import Corpus, load_corpus
 from .model import MiniMoE

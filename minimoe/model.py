@@ -21,8 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .config import Config, config_from_dict, config_to_dict, require
-from .corpus import check_tokens
+from . import saved
+from .checks import require
+from .config import Config
+from .corpus import Alphabet, check_tokens
 from .experts import activated, attention, slot_counts, sorted_mixture
 from .roles import RoleParameter, initialise, param_groups, parameter
 
@@ -136,6 +138,7 @@ class MiniMoE(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
+        self.alphabet: Alphabet | None = None  # of the corpus that it is trained on
         self.tokens = weight(config, "embedding", lambda c: (c.vocab_size, c.width), base_std=1.0)
         self.positions = weight(config, "embedding", lambda c: (c.context, c.width), base_std=0.5)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
@@ -183,18 +186,10 @@ class MiniMoE(nn.Module):
         return tokens
 
     def save(self, path: str | Path) -> None:
-        """Write weights, config and table to one file, without pickled code. Raises RuntimeError if it cannot be written."""
-        torch.save({"config": config_to_dict(self.config), "state": self.state_dict()}, path)
+        """Write weights, config, table and alphabet to one file, whole or not at all. Raises OSError if it cannot be written."""
+        saved.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> MiniMoE:
-        """The model that `save` wrote, on the CPU. Raises FileNotFoundError, or ValueError if the file is something else."""
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            model = cls(config_from_dict(saved["config"])).to(saved["state"]["tokens"].dtype)
-            model.load_state_dict(saved["state"])
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # whatever torch says of a file that is not one
-            raise ValueError(f"{path} is not a model saved by minimoe ({type(error).__name__}: {error})") from error
-        return model
+        """The model that `save` wrote, on the CPU. Raises OSError, or ValueError for another file, or a damaged one."""
+        return saved.load(cls, path)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .allocations import Ledger, evaluating
-from .config import require
+from .checks import require
 from .coordinates import LOSS, SIZES, rms
 from .probe import OUTSIDE, effective
 from .theory import KINDS, NONE, UNKNOWN, kind, law

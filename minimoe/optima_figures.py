@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .figures import ALERT, MARKERS, QUIET
+from .figures import ALERT, MARKERS, QUIET, plain
 
 LOOKS = ("#1b4f8a", "#a8480e", "#00735c", "#7a2d7a", "#555555")  # each at a contrast of 4.5 or more with white
 LAW_STYLES = ("--", ":", "-.")
@@ -33,7 +33,7 @@ def optima_curves(
         own = found[found.parametrization == name]
         x = np.log2(own[by]) + 0.05 * (place - (len(names) - 1) / 2)  # side by side, so that no bar hides another
         look = {"color": LOOKS[place % len(LOOKS)], "marker": MARKERS[place % len(MARKERS)], "linewidth": 1.6, "capsize": 3}
-        axes.errorbar(x, own.octave, yerr=own.octave_error.fillna(0), label=(labels or {}).get(name, name), **look)
+        axes.errorbar(x, own.octave, yerr=own.octave_error.fillna(0), label=plain((labels or {}).get(name, name)), **look)
     sizes = sorted(set(found[by]))
     start = found[found[by] == sizes[0]].octave.mean()
     for (law, slope), style in zip((laws or {}).items(), LAW_STYLES, strict=False):
@@ -45,7 +45,7 @@ def optima_curves(
             style,
             color=colour,
             linewidth=1.4,
-            label=f"{law}: {slope:+g} per doubling" if slope else law,
+            label=plain(f"{law}: {slope:+g} per doubling" if slope else law),
         )
     axes.set_xticks(np.log2(sizes), [f"{size:g}" for size in sizes])
     axes.set(xlabel=by.replace("_", " "), ylabel="best LR (log2), mean and standard error")

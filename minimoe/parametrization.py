@@ -12,11 +12,12 @@ a table to work on a module.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from dataclasses import replace as dataclass_replace
 from numbers import Real
+
+from .checks import finite, not_negative, require, shown, typed
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,8 @@ class Monomial:
     powers: tuple[tuple[str, float], ...] = ()  # ((ratio's name, exponent), ...), sorted, no zero exponents
 
     def __post_init__(self):
-        if not (math.isfinite(self.coefficient) and self.coefficient >= 0):
-            raise ValueError(f"a cell's coefficient must be finite and not negative, got {self.coefficient!r}")
-        for name, power in self.powers:
-            if not (isinstance(power, Real) and math.isfinite(power)):
-                raise ValueError(f"the power of {name!r} in a cell must be a finite number, got {power!r}")
+        object.__setattr__(self, "coefficient", not_negative("a cell's coefficient", self.coefficient))
+        object.__setattr__(self, "powers", _sorted_powers(self.powers))
 
     def __call__(self, ratios: Mapping[str, float]) -> float:
         """The cell's value for one tensor. Raises KeyError naming a ratio that the tensor does not know."""
@@ -47,12 +45,12 @@ class Monomial:
         powers = dict(self.powers)
         for name, exponent in other.powers:
             powers[name] = powers.get(name, 0.0) + exponent
-        kept = tuple(sorted((name, exponent) for name, exponent in powers.items() if exponent))
-        return Monomial(self.coefficient * other.coefficient, kept)
+        return Monomial(self.coefficient * other.coefficient, tuple(powers.items()))
 
     __rmul__ = __mul__
 
     def __pow__(self, exponent: float) -> Monomial:
+        exponent = finite("a cell's exponent", exponent)
         if exponent == 0:
             return Monomial()
         return Monomial(self.coefficient**exponent, tuple((name, power * exponent) for name, power in self.powers))
@@ -76,18 +74,29 @@ class Monomial:
     __repr__ = __str__
 
 
+def _sorted_powers(powers: Iterable[tuple[str, float]]) -> tuple[tuple[str, float], ...]:
+    """((ratio's name, exponent), ...), sorted, without zero exponents. Raises ValueError or TypeError."""
+    try:
+        pairs = [(name, exponent) for name, exponent in powers]
+    except (TypeError, ValueError):
+        raise TypeError(f"powers={shown(powers)}: must be pairs of a ratio's name and an exponent") from None
+    found = {typed("a ratio's name", "str", name): finite(f"the power of {shown(name)}", exponent) for name, exponent in pairs}
+    require(len(found) == len(pairs), "powers", powers, "a ratio is there twice")
+    return tuple(sorted((name, exponent) for name, exponent in found.items() if exponent))
+
+
 def _short(value: float) -> str:
     """The shortest text that reads back as the same number: 1, 0.25, 1e-08."""
     return repr(float(value)).removesuffix(".0")
 
 
-def as_monomial(value: Monomial | float) -> Monomial:
-    """The cell that a plain number stands for; a Monomial passes through."""
+def as_monomial(value: Monomial | float, name: str = "value") -> Monomial:
+    """The cell that a plain number stands for; a Monomial passes through. name: of the cell, for errors."""
     if isinstance(value, Monomial):
         return value
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"a cell is a number or a monomial such as 1 / fan_in, got {value!r}")
-    return Monomial(float(value))
+        raise TypeError(f"{name}={shown(value)}: a cell is a number or a monomial such as 1 / fan_in")
+    return Monomial(not_negative(name, value))
 
 
 def ratio(name: str) -> Monomial:
@@ -125,7 +134,7 @@ class Rule:
 
     def __post_init__(self):
         for cell in fields(self):
-            object.__setattr__(self, cell.name, as_monomial(getattr(self, cell.name)))
+            object.__setattr__(self, cell.name, as_monomial(getattr(self, cell.name), cell.name))
         for cell in FORWARD_CELLS:
             if used := {name for name, _ in getattr(self, cell).powers} & set(TRAINING):
                 raise ValueError(f"{cell} cannot depend on {', '.join(sorted(used))}: the model is made before its training")
@@ -170,8 +179,13 @@ class Parametrization:
     edits: tuple[tuple[str, str], ...] = field(default=(), compare=False)  # (role.cell, its new value), in order
 
     def __post_init__(self):
-        rules = dict(self.rules)
+        typed("name", "str", self.name)
+        try:
+            rules = dict(self.rules)
+        except (TypeError, ValueError):
+            raise TypeError(f"rules={shown(self.rules)}: must be role -> Rule") from None
         for role, rule in rules.items():
+            typed("role", "str", role)
             if not isinstance(rule, Rule):
                 raise TypeError(f"role {role!r} of parametrization {self.name!r} needs a Rule, got {rule!r}")
         object.__setattr__(self, "rules", tuple(rules.items()))
@@ -252,12 +266,20 @@ class Parametrization:
 
     @classmethod
     def from_dict(cls, data: dict) -> Parametrization:
-        """The table that `to_dict` wrote, in this version or an older one: a cell that it lacks is 1."""
+        """The table that `to_dict` wrote, in this version or an older one: a cell that it lacks is 1.
 
-        def rule(cells):
-            return Rule(**{c: Monomial(value, tuple(sorted(powers.items()))) for c, (value, powers) in cells.items()})
+        Raises ValueError or TypeError for other data.
+        """
 
-        return cls(data["name"], {role: rule(cells) for role, cells in data["rules"].items()})
+        try:
+            rules = {
+                role: {cell: (c, tuple(p.items())) for cell, (c, p) in cells.items()} for role, cells in data["rules"].items()
+            }
+            name = data["name"]
+        except (TypeError, ValueError, KeyError, AttributeError):
+            wanted = "{name, rules: {role: {cell: [coefficient, {ratio: exponent}]}}}"
+            raise ValueError(f"a table is {wanted}, got {shown(data)}") from None
+        return cls(name, {role: Rule(**{cell: Monomial(*pair) for cell, pair in cells.items()}) for role, cells in rules.items()})
 
 
 def _monomial_to_json(cell: Monomial) -> list:

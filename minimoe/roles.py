@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from .checks import PAIR, finite, not_negative, positive, require, typed
 from .parametrization import CELLS, FORWARD_CELLS, Parametrization
 from .tables import parametrization
 
@@ -70,26 +71,43 @@ def parameter(
     fan_in_axes: the axes that its product sums over, for another layout than x @ W; () for a gain or a bias, which then
     needs its base_std, mostly 0. start: the value around which it is drawn, 1 for a gain.
     Raises ValueError for a parameter without a fan_in and a base_std, for a shape that differs from base_shape in length,
-    and for axes that it does not have.
+    and for axes that it does not have; ValueError or TypeError for what is no size, no finite number or a negative base_std.
     """
-    shape, base_shape = tuple(shape), tuple(shape if base_shape is None else base_shape)
+    role = typed("role", "str", role)
+    shape, base_shape = (
+        _integers(f"{role}: shape", shape),
+        _integers(f"{role}: base_shape", shape if base_shape is None else base_shape),
+    )
     if len(base_shape) != len(shape):
         raise ValueError(f"{role}: shape {shape} and base shape {base_shape} differ in their number of axes")
     if any(size < 1 for size in (*shape, *base_shape)):
-        raise ValueError(f"{role}: sizes must be positive, got {shape} with base {base_shape}")
-    axes = tuple(fan_in_axes) if fan_in_axes is not None else (-2,) if len(shape) >= 2 else ()
+        raise ValueError(f"{role}: the sizes in a shape must be positive, got {shape} with base_shape {base_shape}")
+    axes = (-2,) if len(shape) >= 2 else ()
+    if fan_in_axes is not None:
+        axes = _integers(f"{role}: fan_in_axes", fan_in_axes)
     if any(not -len(shape) <= axis < len(shape) for axis in axes):
         raise ValueError(f"{role}: fan_in_axes={axes}, but a parameter of shape {shape} has {len(shape)} axes")
-    ratios = dict(ratios or {})
-    declared = Role(role, 0.0, ratios, axes, start)
+    ratios = _positive_ratios(f"{role}: ratios", ratios)
+    declared = Role(role, 0.0, ratios, axes, finite(f"{role}: start", start))
     if axes:
         ratios["fan_in"] = declared.fan_in(shape) / declared.fan_in(base_shape)
     elif base_std is None:
         raise ValueError(f"{role}: a parameter of shape {shape} has no fan_in; give its base_std")
-    made = RoleParameter(torch.zeros(shape))
-    std = 1 / math.sqrt(declared.fan_in(base_shape)) if base_std is None else base_std
-    made.role = Role(role, std, ratios, axes, start)
+    std = 1 / math.sqrt(declared.fan_in(base_shape)) if base_std is None else not_negative(f"{role}: base_std", base_std)
+    made = RoleParameter(torch.zeros(shape, dtype=torch.float32))  # whatever torch's default is: it is in no run's key
+    made.role = replace(declared, base_std=std)
     return made
+
+
+def _integers(name: str, values: Iterable[int]) -> tuple[int, ...]:
+    several = isinstance(values, Iterable) and not isinstance(values, str) and getattr(values, "ndim", 1) == 1
+    require(several, name, values, "must be several integers")
+    return tuple(typed(name, "int", value) for value in values)
+
+
+def _positive_ratios(name: str, ratios: Mapping[str, float] | None) -> dict[str, float]:
+    require(ratios is None or isinstance(ratios, Mapping), name, ratios, "must be name -> number")
+    return {typed(name, "str", ratio): positive(f"{name}[{ratio!r}]", value) for ratio, value in (ratios or {}).items()}
 
 
 class Numbers(NamedTuple):
@@ -164,11 +182,14 @@ def param_groups(
     The rules are Adam's. Adam's step has the size of the LR whatever the size of the gradient, so the LR alone sets how
     far a weight moves. SGD's step is LR times gradient, and gradients themselves scale with width (1 / fan_in for muP's
     hidden matrices): its LR cells are other monomials (Tensor Programs V, Table 3), and these groups would be wrong.
-    Raises ValueError for an lr that is not positive and finite, or a beta that the table makes negative; TypeError for a
-    parameter without a role.
+    Raises ValueError or TypeError for an lr that is not positive and finite, an eps or a weight decay that is negative, or
+    betas out of [0, 1); ValueError for a beta that the table makes negative; TypeError for a parameter without a role.
     """
-    if not (math.isfinite(lr) and lr > 0):
-        raise ValueError(f"lr={lr!r}: must be positive and finite")
+    lr, eps, weight_decay = positive("lr", lr), not_negative("eps", eps), not_negative("weight_decay", weight_decay)
+    if betas is not None:
+        betas = typed("betas", PAIR, betas)
+        require(all(0 <= beta < 1 for beta in betas), "betas", betas, "must be two in [0, 1)")
+    training = _positive_ratios("training", training)
     table = parametrization(table)
     groups: dict[tuple, dict] = {}
     for _, param in named_roles(module):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .config import require
+from .checks import require
 from .modules import layer_of
 from .theory import kind as kind_of
 from .traces import Origin, Trace, Use

@@ -9,13 +9,14 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
-from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .config import Config, require, whole
+from .checks import require, typed, whole
+from .config import Config
 from .model import MiniMoE, Output
 from .optimizers import AdamW
 
@@ -27,7 +28,7 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How to train, the same for every run of a sweep. Checked once, here; raises ValueError."""
+    """How to train, the same for every run of a sweep. Checked once, here; raises ValueError or TypeError."""
 
     batch_size: int = 16  # sequences of `context` characters per step
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW's, before the table's factor on 1 - beta
@@ -44,30 +45,22 @@ class TrainOptions:
     dtype: str = "float32"  # of the matrix products; weights, optimizer and losses are in float32 under bfloat16, too
 
     def __post_init__(self):
-        if isinstance(self.betas, Iterable):
-            object.__setattr__(self, "betas", tuple(self.betas))
-        self._require("betas", isinstance(self.betas, tuple), "a pair of numbers")
-        self._require("betas", len(self.betas) == 2 and all(_number(b) and 0 <= b < 1 for b in self.betas), "two in [0, 1)")
-        for name in ("batch_size", "evals", "eval_batches"):
-            self._require(name, whole(getattr(self, name), 1), "a positive integer")
-        for name in ("base_batch_size", "base_steps"):
-            value = getattr(self, name)
-            self._require(name, value is None or whole(value, 1), "a positive integer or None")
-        for name in ("eps", "weight_decay"):
-            value = getattr(self, name)
-            self._require(name, _number(value) and value >= 0, "a finite number, not negative")
-        for name in ("warmup", "final_lr"):
-            value = getattr(self, name)
-            self._require(name, _number(value) and 0 <= value <= 1, "a fraction from 0 to 1")
-        self._require("clip", self.clip is None or (_number(self.clip) and self.clip > 0), "a positive number or None")
-        self._require("data_seed", self.data_seed is None or whole(self.data_seed, 0), "an integer, 0 or more, or None")
-        self._require("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
         for f in fields(self):  # 1 and 1.0 are one run
-            if f.type.startswith("float") and getattr(self, f.name) is not None:
-                object.__setattr__(self, f.name, float(getattr(self, f.name)))
+            object.__setattr__(self, f.name, typed(f.name, f.type, getattr(self, f.name)))
+        counts = ("batch_size", "evals", "eval_batches", "base_batch_size", "base_steps")
+        self._require("a positive integer", lambda n: whole(n, 1), *counts)
+        self._require("an integer, 0 or more", lambda n: whole(n, 0), "data_seed")
+        self._require("a finite number, not negative", lambda x: 0 <= x < math.inf, "eps", "weight_decay")
+        self._require("a positive number", lambda x: 0 < x < math.inf, "clip")
+        self._require("a fraction from 0 to 1", lambda x: 0 <= x <= 1, "warmup", "final_lr")
+        self._require("two in [0, 1)", lambda pair: all(0 <= beta < 1 for beta in pair), "betas")
+        self._require(f"one of {', '.join(DTYPES)}", DTYPES.__contains__, "dtype")
 
-    def _require(self, name: str, valid: bool, rule: str) -> None:
-        require(valid, name, getattr(self, name), f"must be {rule}")
+    def _require(self, rule: str, valid: Callable[[Any], bool], *names: str) -> None:
+        """Raise ValueError unless the fields of these names, where they are not None, are valid."""
+        for name in names:
+            value = getattr(self, name)
+            require(value is None or valid(value), name, value, f"must be {rule}")
 
     @property
     def schedule(self) -> dict:
@@ -83,10 +76,6 @@ class TrainOptions:
     def order_seed(self, seed: int) -> int:
         """The seed of the data order in a run with this seed."""
         return seed if self.data_seed is None else self.data_seed
-
-
-def _number(value) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def lr_factor(step: int, steps: int, options: TrainOptions) -> float:
@@ -122,11 +111,16 @@ def losses(run: Callable[[Tensor], Output], config: Config, batch: Tensor) -> tu
 
 
 def measured(run: Callable[[Tensor], Output], batches: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Over validation batches: cross-entropy (), load (L, E), mean square of the router logits (L,)."""
+    """Over validation batches: cross-entropy (), load (L, E), mean square of the router logits (L,).
+
+    The cross-entropy is infinite where all logits of a token are 0. Such a model is broken: its residual stream is so large that
+    the mean square in the last norm has overflowed, and the norm's output is 0. Its loss would be ln V, as of an untrained model.
+    """
     totals = []
     for batch in batches:
         out = run(batch[:, :-1])
         loss = F.cross_entropy(out.logits.flatten(0, 1), batch[:, 1:].flatten())
+        loss = torch.where((out.logits == 0).all(-1).any(), math.inf, loss)
         totals.append((loss, out.load, out.router_logits.square().mean((1, 2, 3))))
     loss, load, square = (sum(values) / len(batches) for values in zip(*totals, strict=True))
     return loss, load, square

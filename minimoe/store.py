@@ -20,13 +20,10 @@ from typing import BinaryIO, NamedTuple
 
 from filelock import FileLock
 
+from .files import sync_folder
 from .lines import DAMAGE, START, Lines, format_of, is_torn, written
+from .locks import locked_beside, locked_file
 from .parametrization import Parametrization, TwoTables
-
-try:
-    import fcntl
-except ImportError:  # Windows: there the lock beside the file is the only one
-    fcntl = None
 
 FORMAT = 2  # raise it when a change of the code changes what a run's numbers are: older lines then count as other runs
 BLOCK = 1 << 16  # bytes
@@ -87,7 +84,7 @@ class RunStore:
             weakref.finalize(self, self._file.close)
             with self._locked():
                 pass
-            _sync_folder(self._real.parent)
+            sync_folder(self._real.parent)
         except (OSError, NotImplementedError) as error:  # the second: a file system without locks
             raise OSError(f"the run store {self.path} cannot be written: {error}") from error
 
@@ -190,7 +187,7 @@ class RunStore:
     @contextmanager
     def _locked(self) -> Iterator[BinaryIO]:
         """The file, open for writing and locked under all its names, its last line whole."""
-        with self._lock, open(self._real, "r+b") as file, _locked_file(file):
+        with locked_beside(self._lock), open(self._real, "r+b") as file, locked_file(file):
             self._require_same_file()
             _mend_last_line(file, self.path)
             yield file
@@ -289,19 +286,6 @@ def _status(path: Path) -> os.stat_result | None:
         return None
 
 
-@contextmanager
-def _locked_file(file: BinaryIO) -> Iterator[None]:
-    """A lock on the file itself inside, which its hard links share."""
-    if fcntl is None:
-        yield
-        return
-    fcntl.flock(file, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        fcntl.flock(file, fcntl.LOCK_UN)
-
-
 def _mend_last_line(file: BinaryIO, path: Path) -> None:
     """End a whole last line that lacks its newline, and cut off a torn one. The caller holds the lock.
 
@@ -336,13 +320,3 @@ def _start_of_last_line(file: BinaryIO) -> int:
             return start + found + 1
         end = start
     return 0
-
-
-def _sync_folder(folder: Path) -> None:
-    """Let a new file's name survive a power cut too, where the system can."""
-    if hasattr(os, "O_DIRECTORY"):
-        handle = os.open(folder, os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -7,8 +7,6 @@ data, the schedule and the seed. Such a run is trained and stored once, and each
 from __future__ import annotations
 
 import os
-import signal
-import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -20,17 +18,23 @@ import torch
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tqdm.auto import tqdm
 
-from .config import BASED, Config, config_from_dict, config_to_dict, require, whole
+from .checks import require, whole
+from .clusters import dask_workers
+from .config import BASED, Config, config_from_dict, config_to_dict
 from .corpus import Corpus, load_corpus
 from .grids import planned_runs
 from .identity import run_key
 from .parametrization import Parametrization
+from .room import require_memory
 from .step import TrainOptions
 from .store import FORMAT, LineError, RunStore, StoreError, stored_cells
 from .tables import PARAMETRIZATIONS
 from .training import Kind, available_device, finished_runs, parts_of_one_kind
+from .workers import local_workers, results_of
 
-WAIT_FOR_WORKERS = 600  # seconds that a cluster has to bring up its first worker
+DIED = "a worker process died, perhaps for lack of memory"
+LOST = "the Dask scheduler died"
+ENDS = {"KilledWorker": DIED, "CommClosedError": LOST, "FutureCancelledError": LOST}  # Dask's, which need not be installed
 LRS = tuple(2.0**octave for octave in range(-9, -2))
 
 
@@ -81,8 +85,9 @@ def sweep(
     require(address is None or backend == "dask", "address", address, "goes with backend='dask'")
     corpus = load_corpus(corpus)
     device = torch.device(device or "cpu") if backend == "dask" else available_device(device)
-    axes = {name: values for name, values in {"width": widths, **axes, "steps": steps}.items() if values is not None}
+    axes = ({} if widths is None else {"width": widths}) | axes | ({} if steps is None else {"steps": steps})
     planned = planned_runs(parametrizations, lrs, seeds, corpus, options, axes, path)
+    require_memory(planned, here=backend == "loky" and device.type == "cpu")
     configs = [(run.config, run.lr) for run in planned]
     cells = [_cell(*run, corpus) for run in planned]
     store = None if store is None else RunStore(store)
@@ -188,7 +193,7 @@ def _stopped(stop: BaseException, runs: int, done: int, store: RunStore | None) 
     )
     if isinstance(stop, KeyboardInterrupt):
         return KeyboardInterrupt(f"sweep stopped; {kept}")
-    return RuntimeError(f"a worker process died, perhaps for lack of memory; {kept}, with fewer n_jobs if need be")
+    return RuntimeError(f"{stop}; {kept}, with fewer n_jobs if need be")
 
 
 def _with_progress(finished: Iterator[list[dict]], missing: list[dict], progress: bool) -> Iterator[list[dict]]:
@@ -214,7 +219,7 @@ def _cost(cell: dict) -> float:
 
 
 class _WorkerDied(Exception):
-    """A process that trained was ended from outside."""
+    """A process that trained, or gave out the work, was ended from outside; the message says which."""
 
 
 def _parts(missing: list[dict], device, at_once: int | None, backend: str, store: RunStore | None) -> Iterator[list[dict]]:
@@ -258,59 +263,27 @@ def _executed(jobs: Iterator[tuple], n_jobs: int, backend: str, address: str | N
     pre_dispatch = "all" if backend == "dask" else "n_jobs"
     with _workers(backend, address, n_jobs):
         pool = joblib.Parallel(n_jobs, batch_size=1, pre_dispatch=pre_dispatch, return_as="generator_unordered")
-        with _workers_ignore_ctrl_c():
-            results = pool(joblib.delayed(finished_runs)(*job) for job in jobs)
         try:
-            yield from results
+            yield from results_of(pool, (joblib.delayed(finished_runs)(*job) for job in jobs))
         except TerminatedWorkerError as error:
-            raise _WorkerDied from error
+            raise _WorkerDied(DIED) from error
         except Exception as error:
-            if type(error).__name__ == "KilledWorker":  # Dask's, which need not be installed
-                raise _WorkerDied from error
+            if type(error).__name__ in ENDS:
+                raise _WorkerDied(ENDS[type(error).__name__]) from error
             raise
-        finally:
-            results.close()
 
 
 @contextmanager
 def _workers(backend: str, address: str | None, n_jobs: int) -> Iterator[None]:
     """joblib's configuration inside. Raises ValueError for an unknown backend, or a cluster that cannot be used."""
     if backend == "loky":
-        with joblib.parallel_config("loky", n_jobs=n_jobs, inner_max_num_threads=1):
+        with local_workers(n_jobs):
             yield
         return
     if backend != "dask":
         raise ValueError(f"backend={backend!r}: must be loky (this machine) or dask (a cluster)")
-    try:
-        from distributed import Client, get_client
-    except ImportError as error:
-        raise ValueError("backend='dask' needs Dask: pip install 'minimoe[cluster]'") from error
-    try:
-        client = Client(address, set_as_default=False, timeout=10) if address else get_client()
-    except (OSError, ValueError) as error:
-        advice = "start one with `dask scheduler` and give its address, e.g. address='tcp://127.0.0.1:8786'"
-        raise ValueError(f"no Dask scheduler at {address or 'hand'}: {advice}") from error
-    try:
-        if max(client.nthreads().values(), default=1) > 1:  # torch's number of threads belongs to a whole process
-            raise ValueError("a Dask worker has several threads: start workers with --nthreads 1, one for each core")
-        with joblib.parallel_config("dask", n_jobs=-1, client=client, wait_for_workers_timeout=WAIT_FOR_WORKERS):
-            yield
-    finally:
-        if address:
-            client.close()
-
-
-@contextmanager
-def _workers_ignore_ctrl_c() -> Iterator[None]:
-    """Processes started inside leave Ctrl-C to this one, which answers it with one line."""
-    if threading.current_thread() is not threading.main_thread():
+    with dask_workers(address):
         yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _labels(config: Config) -> dict:

@@ -34,7 +34,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from .config import BASED, Config, require
+from .checks import require
+from .config import BASED, Config
 from .identity import declared
 from .probe import OUTSIDE, Site, sites
 from .roles import AT_BASE, numbers

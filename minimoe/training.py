@@ -23,7 +23,8 @@ from torch import Tensor
 
 from . import __version__
 from .batched import BatchedRuns, memory_per_run
-from .config import Config, config_from_dict, require, whole
+from .checks import positive, require, whole
+from .config import Config, config_from_dict
 from .corpus import Corpus, load_corpus
 from .model import MiniMoE
 from .step import SingleRun, TrainOptions, lr_factors
@@ -183,12 +184,13 @@ def available_device(device: str | torch.device | None = None) -> torch.device:
         found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device={str(device)!r} is not available here ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"device={str(device)!r} is not available here ({str(error).splitlines()[0].split('. ')[0]})") from error
+    require(found.type != "meta", "device", str(device), "holds no values")
     return found
 
 
 def _broadcast(configs, lrs, seeds) -> list[tuple[Config, float]]:
-    lists = [list(v) if isinstance(v, Sequence | np.ndarray) else [v] for v in (configs, lrs, seeds)]
+    lists = [list(v) if isinstance(v, Sequence | np.ndarray) and not isinstance(v, str) else [v] for v in (configs, lrs, seeds)]
     runs = max(map(len, lists))
     for name, values in zip(("configs", "lrs", "seeds"), lists, strict=True):
         if not values:
@@ -196,7 +198,9 @@ def _broadcast(configs, lrs, seeds) -> list[tuple[Config, float]]:
         if len(values) not in (1, runs):
             raise ValueError(f"{name} has {len(values)} values for {runs} runs: give one, or one for each run")
     configs, lrs, seeds = (values * runs if len(values) == 1 else values for values in lists)
-    return [(replace(c, seed=seed), float(lr)) for c, lr, seed in zip(configs, lrs, seeds, strict=True)]
+    for config in configs:
+        require(isinstance(config, Config), "configs", config, "must be a Config, or several")
+    return [(replace(c, seed=seed), positive("lr", lr)) for c, lr, seed in zip(configs, lrs, seeds, strict=True)]
 
 
 def check_training(specs: Sequence[tuple[Config, float]], corpus: Corpus, steps: int) -> int:
@@ -204,7 +208,7 @@ def check_training(specs: Sequence[tuple[Config, float]], corpus: Corpus, steps:
     require(whole(steps, 1), "steps", steps, "must be a positive integer")
     rule = f"corpus {corpus.name!r} has {corpus.vocab_size} symbols; set vocab_size to at least that"
     for config, lr in specs:
-        require(math.isfinite(lr) and lr > 0, "lr", lr, "must be positive and finite")
+        positive("lr", lr)
         require(corpus.vocab_size <= config.vocab_size, "vocab_size", config.vocab_size, rule)
         corpus.require_context(config.context)
     return int(steps)
@@ -253,6 +257,7 @@ def windows(text: Tensor, first: Tensor, context: int) -> Tensor:
 
 def record_steps(steps: int, evals: int) -> list[int]:
     """After how many steps a record is made: `evals` of them (all, if there are fewer), the last one at the end."""
+    evals = min(steps, evals)
     return sorted({math.ceil(steps * i / evals) for i in range(1, evals + 1)})
 
 
@@ -283,6 +288,8 @@ def _train(specs: list[tuple[Config, float]], data: TextData, steps: int, option
     histories: list[list[dict]] = [[] for _ in specs]
     trace: list[Tensor] = []  # the cross-entropies (R,) of every step
     alive = [True] * len(specs)
+    for model in models:
+        model.alphabet = data.corpus.alphabet
     for stop in record_steps(steps, options.evals):
         since = len(trace)
         for step in range(since, stop):

@@ -8,7 +8,8 @@ from dataclasses import fields
 import numpy as np
 import pandas as pd
 
-from .config import Config, require
+from .checks import require
+from .config import Config
 from .step import TrainOptions
 
 # What the points of one curve must share
@@ -82,8 +83,9 @@ def optimum(lrs: np.ndarray, losses: np.ndarray) -> dict:
     """The minimum of one curve, sorted by lr: `grid_lr` and `best_loss` of the best grid point, `best_lr` by a parabola
     in log2 lr through it and its neighbours, `on_edge` where that is impossible (then best_lr is the grid point).
 
-    A curve without any finite loss has best_lr NaN, best_loss infinite and on_edge True.
+    A loss that is NaN counts as infinite. A curve without any finite loss has best_lr NaN, best_loss infinite and on_edge True.
     """
+    losses = np.where(np.isnan(losses), math.inf, losses)
     if not np.isfinite(losses).any():
         return {"grid_lr": math.nan, "best_lr": math.nan, "best_loss": math.inf, "on_edge": True}
     i = int(np.argmin(losses))

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .allocations import BOUND, closure
-from .config import require
+from .checks import require
 from .coordinates import LOSS, size_axis
 from .probe import OUTSIDE
 from .theory import MUP_INIT, NONE, TOLERANCE, Growth, wanted

@@ -2,6 +2,7 @@ import random
 
 import pytest
 import torch
+from browser import chromium
 
 from minimoe import load_corpus, make_corpus
 
@@ -31,3 +32,17 @@ def corpus():
     from minimoe.corpus import PRINTABLE
 
     return make_corpus("words", " ".join(draw.choices(words, k=4000)), PRINTABLE)
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A real browser; see browser.py."""
+    with chromium() as browser:
+        yield browser

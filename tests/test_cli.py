@@ -14,13 +14,6 @@ from minimoe.flags import numbers
 TINY = ["--depth", "1", "--n-experts", "4", "--context", "16", "--steps", "6", "--batch-size", "2", "--eval-batches", "1"]
 
 
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("the quick brown fox jumps over the lazy dog. " * 60)
-    return str(path)
-
-
 def test_a_tiny_sweep_end_to_end(tmp_path, text, capsys):
     store, figure = str(tmp_path / "runs.jsonl"), tmp_path / "figures" / "curves.png"
     grid = ["--widths", "32", "64", "--lrs", "2^-8:2^-4:2", "--jobs", "1", "--corpus", text, "--store", store]
@@ -139,7 +132,8 @@ def test_help_teaches(command, capsys):
         (["explain", "--lr", "0"], "lr=0.0: must be positive and finite"),
         (["coords", "--widths", "64"], "a slope over the width needs at least two"),
         (["train", "--device", "tpu"], "device='tpu' is not available here"),
-        (["train", "--save", "no/such/folder/model.pt"], "--save no/such/folder/model.pt: its folder does not exist"),
+        (["train", "--save", "."], "--save . cannot be written: Is a directory"),
+        (["train", "--save", ""], "--save='': must name a file"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys, pydocs):

@@ -1,8 +1,12 @@
 """Corpora: made, read, downloaded from a local server; every way they can be wrong."""
 
+import contextlib
 import hashlib
 import http.server
+import os
+import platform
 import socket
+import stat
 import threading
 
 import numpy as np
@@ -11,6 +15,7 @@ import pytest
 from minimoe import corpus as module
 from minimoe import load_corpus, make_corpus
 from minimoe.corpus import PRINTABLE
+from minimoe.files import write_whole
 
 
 def test_pydocs_is_a_megabyte_of_english_in_96_symbols(pydocs):
@@ -22,7 +27,15 @@ def test_pydocs_is_a_megabyte_of_english_in_96_symbols(pydocs):
     assert len(pydocs.val) == pytest.approx(0.1 * (len(pydocs.train) + len(pydocs.val)), abs=1)
 
 
+@pytest.fixture
+def _known(pydocs, monkeypatch):
+    """The digest of this Python's text is in the code, as it is for some Pythons."""
+    monkeypatch.setitem(module.PYDOCS_SHA256, platform.python_version(), (pydocs.digest,))
+
+
+@pytest.mark.usefixtures("_known")
 def test_pydocs_is_deterministic_cached_and_mended(pydocs, monkeypatch):
+    load_corpus("pydocs")
     (path,) = module.cache_folder().glob("pydocs-*.txt")
     assert hashlib.sha256(path.read_bytes()).hexdigest() == pydocs.digest
     made = []
@@ -41,8 +54,40 @@ def test_pydocs_works_without_a_cache_folder(pydocs, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MINIMOE_CACHE", str(tmp_path / "file" / "cache"))
     monkeypatch.setattr(module, "_pydocs_text", lambda: "some text\n")
+    known = (hashlib.sha256(b"some text\n").hexdigest(),)
+    monkeypatch.setitem(module.PYDOCS_SHA256, platform.python_version(), known)
     with pytest.warns(UserWarning, match="could not keep the pydocs corpus"):
         assert load_corpus("pydocs").decode(load_corpus("pydocs").train) == "some text"
+
+
+@pytest.mark.parametrize("name", ["pydocs-{python}-1.txt", "pydocs-{python}-1-{digest}.txt"])
+def test_a_planted_pydocs_is_not_trusted(name, pydocs, monkeypatch, tmp_path):
+    """Its digest is its own, and in its name; the text is made again."""
+    monkeypatch.setenv("MINIMOE_CACHE", str(tmp_path))
+    planted = b"Buy my words. " * 1000
+    name = name.format(python=platform.python_version(), digest=hashlib.sha256(planted).hexdigest())
+    (tmp_path / name).write_bytes(planted)
+    assert load_corpus("pydocs").digest == pydocs.digest
+
+
+def test_a_pydocs_of_an_unknown_python_is_made_each_time_and_not_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("MINIMOE_CACHE", str(tmp_path))
+    monkeypatch.setattr(module, "PYDOCS_SHA256", {})
+    monkeypatch.setattr(module, "_pydocs_text", lambda: "some text\n")
+    assert load_corpus("pydocs").digest == hashlib.sha256(b"some text\n").hexdigest()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems have no umask")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_the_umask_says_who_may_read_a_cached_text(umask, mode, tmp_path):
+    before = os.umask(umask)
+    try:
+        write_whole(tmp_path / "text.txt", b"text")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "text.txt").stat().st_mode) == mode
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
 def test_training_and_validation_text_are_alike(pydocs):
@@ -91,7 +136,7 @@ def server(tmp_path, monkeypatch):
 
     class Handler(http.server.BaseHTTPRequestHandler):
         answer = "whole"
-        requests = 0
+        requests, sent = 0, 0
 
         def do_GET(self):
             Handler.requests += 1
@@ -99,6 +144,13 @@ def server(tmp_path, monkeypatch):
                 self.send_error(404)
                 return
             self.send_response(200)
+            if self.answer == "endless":
+                self.end_headers()
+                with contextlib.suppress(OSError):
+                    while Handler.sent < 1e9:
+                        self.wfile.write(body)
+                        Handler.sent += len(body)
+                return
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body[::-1] if self.answer == "altered" else body if self.answer == "whole" else body[:5000])
@@ -139,6 +191,14 @@ def test_a_failed_download_leaves_nothing_behind(server, answer, error, message)
     assert not list(server.cache.glob("*"))
     server.answer = "whole"
     assert load_corpus("shakespeare").vocab_size > 10
+
+
+def test_a_download_that_does_not_end_is_cut_off(server):
+    server.answer = "endless"
+    with pytest.raises(ValueError, match="sends more than the expected"):
+        load_corpus("shakespeare")
+    assert server.sent < 100e6  # what the sockets hold, and not a gigabyte
+    assert not list(server.cache.glob("*"))
 
 
 def test_offline_says_what_to_do(server, monkeypatch):

@@ -40,6 +40,12 @@ def test_the_readmes_local_links_exist():
         assert (ROOT / target).exists(), target
 
 
+def test_the_readme_says_what_each_module_is_for():
+    text = (ROOT / "README.md").read_text().partition("## Where is what")[2]
+    for path in (ROOT / "minimoe").glob("[a-z]*.py"):
+        assert f"`{path.name}`" in text, path.name
+
+
 def test_the_readmes_python_runs():
     """Every block of Python in the README, in order, except the sweep that would take minutes."""
     namespace = {}

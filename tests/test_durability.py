@@ -1,35 +1,30 @@
 """Nothing is lost: kills at random moments, sweeps side by side, a disk that fills, a cluster that loses a worker."""
 
 import json
-import multiprocessing
 import os
 import random
 import resource
 import signal
 import subprocess
 import sys
-import time
 
-import pandas as pd
 import pytest
+from kills import (
+    GRID,
+    ORDER,
+    RUNS,
+    TINY,
+    assert_same,
+    fresh_processes,
+    keys_in,
+    killed_until_done,
+    measured_seconds,
+    started,
+    wait_until,
+)
 
-from minimoe import TrainOptions, read_sweep, sweep, sweeps
+from minimoe import read_sweep, sweep, sweeps
 from minimoe.store import StoreError
-
-GRID = {"widths": (32, 64), "parametrizations": ("sp", "mup"), "lrs": (0.005, 0.01, 0.02), "seeds": (0, 1)}
-RUNS = 18  # 6 at the base width, 2 x 6 at width 64
-TINY = {"steps": 12, "depth": 1, "n_experts": 4, "context": 16, "n_jobs": 1, "progress": False, "device": "cpu",
-        "options": TrainOptions(batch_size=4, eval_batches=1)}  # fmt: skip
-ORDER = ["parametrization", "width", "lr", "seed"]
-
-
-def keys_in(store):
-    return [json.loads(line)["key"] for line in store.read_text().splitlines() if '"history"' in line]
-
-
-def assert_same(one, two):
-    one, two = (frame.sort_values(ORDER, ignore_index=True).drop(columns="seconds") for frame in (one, two))
-    pd.testing.assert_frame_equal(one, two)
 
 
 @pytest.fixture(scope="module")
@@ -37,65 +32,15 @@ def uninterrupted(corpus):
     return sweep(**GRID, **TINY, corpus=corpus)
 
 
-def logged_sweep(log, store, corpus):
-    """The sweep, writing down the key of each run whose training it begins."""
-    original = sweeps.finished_runs
-
-    def logging(cells, *rest):
-        with open(log, "a") as file:
-            file.write("".join(cell["key"] + "\n" for cell in cells))
-        return original(cells, *rest)
-
-    sweeps.finished_runs = logging
-    sweep(**GRID, **TINY, corpus=corpus, store=store)
-
-
 @pytest.fixture(scope="module")
 def fresh():
-    """Processes forked from a clean one that has imported the package: they start at once, and hold nobody's threads."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["minimoe.sweeps", "torch._dynamo"])  # which torch.optim would import, slowly
-    return context
-
-
-def started(context, *arguments):
-    process = context.Process(target=logged_sweep, args=arguments)
-    process.start()
-    return process
+    return fresh_processes()
 
 
 def test_killed_many_times_at_random_moments(corpus, tmp_path, fresh, uninterrupted):
-    """As many kills as it takes, each at a random moment after a run has begun."""
-    store, log, draw, kills = tmp_path / "runs.jsonl", tmp_path / "log", random.Random(0), 0
+    """As many kills as it takes, each at a random moment after a run has begun. tools/kills.py does it for longer."""
     whole = min(measured_seconds(fresh, tmp_path / name, corpus) for name in ("warm", "timed"))
-    for _ in range(100):
-        done = set(keys_in(store)) if store.exists() else set()
-        begun = len(log.read_text().splitlines()) if log.exists() else 0
-        process = started(fresh, log, store, corpus)
-        wait_until(lambda seen=begun, p=process: not p.is_alive() or (log.exists() and len(log.read_text().splitlines()) > seen))
-        process.join(draw.uniform(0, whole / 8))
-        if process.is_alive():
-            process.kill()
-            process.join()
-            kills += 1
-        assert not done & set(log.read_text().splitlines()[begun:])  # no finished run again
-        if process.exitcode == 0:
-            break
-    print(f"{kills} kills, {len(log.read_text().splitlines())} runs begun, {RUNS} finished")
-    assert process.exitcode == 0
-    assert kills >= 5
-    assert len(keys_in(store)) == len(set(keys_in(store))) == RUNS
-    assert_same(read_sweep(store), uninterrupted)
-
-
-def measured_seconds(context, folder, corpus):
-    """How long the whole sweep takes here, now."""
-    folder.mkdir()
-    start = time.perf_counter()
-    process = started(context, folder / "timing.log", folder / "timing.jsonl", corpus)
-    process.join()
-    assert process.exitcode == 0
-    return time.perf_counter() - start
+    assert killed_until_done(fresh, tmp_path, corpus, random.Random(0), whole / 8, uninterrupted) >= 5
 
 
 def test_two_sweeps_write_one_store_at_the_same_time(corpus, tmp_path, fresh, uninterrupted):
@@ -169,13 +114,6 @@ def cluster(tmp_path):
     for process in (*workers, scheduler):
         process.kill()
         process.wait()
-
-
-def wait_until(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.02)
 
 
 def workers_of(address):

@@ -344,3 +344,15 @@ def test_every_control_has_a_label(swept, checked, corpus):
         for control in controls:
             assert control.description
             assert control.tooltip
+
+
+@pytest.mark.parametrize("error", [OSError("no space left"), RuntimeError("a worker died"), MemoryError()])
+def test_a_measurement_that_fails_says_so_and_does_not_stand_at_measuring(error, monkeypatch):
+    def fails(*_arguments, **_fields):
+        raise error
+
+    monkeypatch.setattr("minimoe.explorers.coordinate_check", fails)
+    explorer = TableExplorer("mup")
+    explorer.check.click()
+    assert (str(error) or "MemoryError") in explorer.text.value
+    assert "measuring" not in explorer.text.value

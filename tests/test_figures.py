@@ -4,20 +4,27 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
+from matplotlib.text import Text
 
 from minimoe import (
     ROUTER_RULES,
     Config,
+    allocation_map,
     coordinate_check,
+    coordinate_curves,
     drift_chart,
     exponents,
     exponents_chart,
+    learning_shares,
     lr_curves,
+    optima_curves,
     predicted_exponents,
     predictions,
     router_rules,
+    summary,
     sweep,
     tensor_curves,
+    transfer_report,
 )
 from minimoe.figures import ALERT, PALETTE, styles
 
@@ -139,3 +146,33 @@ def test_router_rules_put_checks_above_curves(checked, swept):
     assert all(axes.get_xlabel() == "learning rate" for axes in below)
     with pytest.raises(ValueError, match="the check lacks early router"):
         router_rules(checked[checked.parametrization == "mup"], swept)
+
+
+ODD = {"mup": "a$b", "early router": r"$\frac{$"}  # half a formula, and one that is none
+
+
+@pytest.mark.parametrize(
+    "picture", ["lr_curves", "swapped", "drift", "optima", "router", "coordinates", "tensor", "map", "shares"]
+)
+def test_a_name_with_a_dollar_sign_is_shown_as_it_is(picture, swept, checked):
+    swept, checked = (f.assign(parametrization=f.parametrization.map(lambda name: ODD.get(name, name))) for f in (swept, checked))
+    name = checked.parametrization.iloc[-1]
+    figure = {
+        "lr_curves": lambda: lr_curves(swept),
+        "swapped": lambda: lr_curves(swept, swapped=True),
+        "drift": lambda: drift_chart(summary(transfer_report(swept)), "width", {"$x{$": 0.5}),
+        "optima": lambda: optima_curves(transfer_report(swept).assign(octave=-6.0, octave_error=0.1), "width", {"$x{$": -0.5}),
+        "router": lambda: router_rules(checked, swept),
+        "coordinates": lambda: coordinate_curves(checked),
+        "tensor": lambda: tensor_curves(checked[checked.parametrization == name], "router", 0),
+        "map": lambda: allocation_map(checked),
+        "shares": lambda: learning_shares(books_called(name)),
+    }[picture]()
+    figure.draw_without_rendering()
+    words = [text.get_text().replace(r"\$", "$") for text in figure.findobj(Text)]
+    assert picture == "tensor" or any(name in text for text in words)
+
+
+def books_called(name):
+    rows = [(name, 32, seed, step, 0.01, role, 0.1, 0.2) for seed in (0, 1) for step in (1, 2) for role in ("router", "$y{$")]
+    return pd.DataFrame(rows, columns=["parametrization", "width", "seed", "step", "lr", "role", "allocation", "fall"])

@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import os
 import re
 import subprocess
 import sys
@@ -67,7 +68,8 @@ def in_a_clean_environment(folder: Path, source: str) -> subprocess.CompletedPro
     )
     (Path(purelib.stdout.strip()) / "packages.pth").write_text(sysconfig.get_path("purelib"))
     (folder / "empty").mkdir()
-    return subprocess.run([python, "-c", source], cwd=folder / "empty", capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run([python, "-c", source], cwd=folder / "empty", capture_output=True, text=True, env=environment)
 
 
 def test_the_first_cell_makes_a_notebook_run_where_minimoe_is_not_installed(published, tmp_path):

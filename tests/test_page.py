@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from browser import NEEDS_CHROMIUM, chromium, watched
+from browser import NEEDS_CHROMIUM, watched
 
 from minimoe import read_sweep, regrets, transfer_report
 from minimoe.lr_explorer import END, explorer_data
@@ -39,12 +39,6 @@ EVERYTHING = """([data, subsets, lrs]) => {
 @pytest.fixture(scope="module")
 def datasets():
     return course_datasets(SWEEPS)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")

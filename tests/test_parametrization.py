@@ -259,7 +259,7 @@ def test_a_role_or_ratio_that_is_missing_is_an_error():
         parameter("input", (8,))
     with pytest.raises(ValueError, match="differ in their number of axes"):
         parameter("input", (8, 8), base_shape=(8,))
-    with pytest.raises(ValueError, match="sizes must be positive"):
+    with pytest.raises(ValueError, match="sizes in a shape must be positive"):
         parameter("input", (8, 0))
 
 

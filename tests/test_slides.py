@@ -4,7 +4,7 @@ import re
 
 import nbformat
 import pytest
-from browser import NEEDS_CHROMIUM, chromium, watched
+from browser import NEEDS_CHROMIUM, watched
 
 import slides
 
@@ -15,12 +15,6 @@ SIZE = {"width": 1280, "height": 800}
 @pytest.fixture(scope="module")
 def deck(tmp_path_factory):
     return slides.write(tmp_path_factory.mktemp("slides"))
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")
