@@ -18,6 +18,7 @@ import notebooks as tools
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+LECTURE = ROOT / "slides" / "lecture.ipynb"
 COURSE = [path for path in NOTEBOOKS if path.name > "01"]
 TAGS = {"nbval-ignore-output", "solution", "exercise", "claim", "answer"}
 HEADER = ("You will", "Before", "Takes", "Data")
@@ -39,14 +40,14 @@ def test_there_are_the_five_notebooks_of_part_one():
     assert [path.name[:2] for path in COURSE][:5] == ["01", "02", "03", "04", "05"]
 
 
-@named(NOTEBOOKS)
+@named([*NOTEBOOKS, LECTURE])
 def test_outputs_counts_and_no_traces_of_a_machine(path):
     notebook, code = read(path), code_cells(path)
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert any(cell.outputs for cell in code)
     for cell in notebook.cells:
         assert set(cell.metadata.get("tags", [])) <= TAGS
-        assert set(cell.metadata) <= {"tags", "alt"}  # no times of execution
+        assert set(cell.metadata) <= {"tags", "alt", "slideshow"}  # no times of execution
         pictures = any("image/png" in output.get("data", {}) for output in cell.get("outputs", []))
         assert pictures == ("alt" in cell.metadata), "a picture says in words what it shows"
     for cell in code:
@@ -77,7 +78,7 @@ def test_header_box_short_cells_and_words_under_every_figure(path):
             assert "**What to notice**" in cells[place + 1].source, cell.source
 
 
-@named(NOTEBOOKS)
+@named([*NOTEBOOKS, LECTURE])
 def test_claims_are_asserted_and_what_is_ignored_trains_plots_or_prints_versions(path):
     code = code_cells(path)
     assert sum("assert " in cell.source for cell in code) >= 3
@@ -112,6 +113,7 @@ SP_HIDDEN = "hidden=Rule(init_var=1 / fan_in, multiplier=1, lr=1),"
 AUTHORS_DOWN = 'cells = {"init_var": 1 / DOWN[down], "lr": 1 / DOWN[down], "multiplier": ROUTES[route]}'
 TABLES, ARMS = "tables.py", "arms.py"
 SABOTAGE = {
+    "le": (TABLES, SP_ROUTER, SP_ROUTER.replace("lr=1", "lr=1 / fan_in")),  # the lecture
     "00": (TABLES, MUP_ROUTER, MUP_ROUTER.replace("1 / fan_in", "1")),
     "01": (TABLES, MUP_ROUTER, MUP_ROUTER.replace("lr=1", "lr=1 / fan_in")),
     "02": (TABLES, MUP_ROUTER, MUP_ROUTER.replace("multiplier=1 / fan_in", "multiplier=1")),
@@ -125,7 +127,7 @@ SABOTAGE = {
 }
 
 
-@named(NOTEBOOKS)
+@named([*NOTEBOOKS, LECTURE])
 def test_a_sabotaged_table_fails_its_notebook(path, tmp_path, monkeypatch):
     """The package is copied with one cell of a table made wrong, and the notebook run on the copy."""
     file, right, wrong = SABOTAGE[path.name[:2]]
