@@ -2,6 +2,7 @@
 
 import re
 
+import nbformat
 import pytest
 from browser import NEEDS_CHROMIUM, watched
 
@@ -87,3 +88,8 @@ def test_the_pdf_has_a_page_for_each_slide(page, deck, browser):
     printed = slides.print_pdf(deck, browser)
     pages = re.findall(rb"/Type\s*/Page\b(?!s)", printed.read_bytes())
     assert len(pages) == page.evaluate("Reveal.getTotalSlides()")
+
+
+def test_every_cell_that_is_shown_holds_its_output():
+    cells = [cell for cell in nbformat.read(slides.DECK, as_version=4).cells if cell.cell_type == "code"]
+    assert all(cell.outputs for cell in cells if cell.metadata.slideshow.slide_type != "skip")

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 DECK = ROOT / "slides" / "lecture.ipynb"
-CARRIER = importlib.util.find_spec("sphinx_revealjs").submodule_search_locations[0]  # a package that brings reveal.js
-REVEAL = Path(CARRIER) / "_static" / "revealjs"
+CARRIER = importlib.util.find_spec("sphinx_revealjs")  # a package that brings reveal.js
+if CARRIER is None:
+    raise ModuleNotFoundError("the slides need reveal.js: pip install --no-deps sphinx-revealjs==3.2.1")
+REVEAL = Path(CARRIER.submodule_search_locations[0]) / "_static" / "revealjs"
 PARTS = ("dist/reveal.js", "dist/reveal.css", "plugin/notes/notes.js", "plugin/notes/speaker-view.html", "LICENSE")
 THEME = "dist/theme/white.css"
 
