@@ -163,7 +163,7 @@ class Explorer {
     el.classList.add("minimoe-lr");
     el.addEventListener("keydown", event => event.stopPropagation()); // arrow keys are the sliders', and not the notebook's
     this.build();
-    this.reacts = ["tables", "values", "seeds", "step", "my_lr", "swapped", "minima", "live", "note"].map(name => [`change:${name}`, () => this.synced()]);
+    this.reacts = ["tables", "values", "seeds", "swapped", "minima", "step", "my_lr", "live", "note"].map(name => [`change:${name}`, () => this.synced(name)]);
     this.reacts.forEach(([name, call]) => model.on(name, call));
     this.resized = new ResizeObserver(() => this.draw());
     this.resized.observe(this.panels);
@@ -227,16 +227,20 @@ class Explorer {
     return element("fieldset", {}, element("legend", {}, legend), element("div", { className: "choices" }, ...boxes));
   }
 
-  put(name, value) { this.quiet = true; this.model.set(name, value); this.quiet = false; this.draw(); }
+  put(name, value) { this.quiet = true; this.model.set(name, value); this.quiet = false; this.verdict = null; this.draw(); }
   save() { this.model.save_changes(); this.say(); }
-  synced() { if (!this.quiet) { this.build(); this.draw(); } } // the kernel changed the state
+  synced(name) { // the kernel changed the state
+    if (this.quiet) return;
+    if (!["step", "my_lr", "live", "note"].includes(name)) this.build(); // its boxes; a new box would lose the keyboard
+    this.draw();
+  }
 
   change(name) {
     const data = this.model.get("datasets")[name];
     this.quiet = true;
     for (const [trait, value] of Object.entries({ dataset: name, ...data.start })) this.model.set(trait, value);
     this.quiet = false;
-    this.guesses = null; this.predicting = false;
+    this.guesses = this.verdict = null; this.predicting = false;
     this.build(); this.draw(); this.save();
   }
 
