@@ -101,6 +101,13 @@ def test_a_dollar_in_code_stays():
     assert text.count("<math") == 1
 
 
+def test_formulas_are_what_the_latex_says():
+    assert "<mo>&#x000B1;</mo>" in website.formatted(r"$0.39 \pm 0.10$"), "an operator, with spaces around it"
+    assert "<mtext>fan_in</mtext>" in website.formatted(r"$\text{fan\_in}$"), "no backslash"
+    assert 'display="inline"' in website.formatted("$x$")
+    assert 'display="block"' in website.formatted("$$x$$")
+
+
 def test_rule_lines_are_those_of_the_tables():
     lines = (website.ROOT / "minimoe" / "tables.py").read_text().splitlines()
     assert "hidden=Rule(" in lines[website.rule_line(website.PARAMETRIZATIONS["mup"], "experts_up") - 1]

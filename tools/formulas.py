@@ -9,6 +9,7 @@ from latex2mathml.converter import convert
 
 CODE = r"<(?P<tag>code|pre|script|style)\b.*?</(?P=tag)>"  # where a dollar is a dollar; a formula has no tag inside
 FORMULA = re.compile(rf"{CODE}|(?P<mark>\$\$?)(?P<tex>[^$<]+?)(?P=mark)", re.DOTALL)
+PLUS_MINUS = "&#x000B1;"
 
 
 def with_formulas(page: str) -> str:
@@ -19,6 +20,6 @@ def with_formulas(page: str) -> str:
 def mathml(tex: str, mark: str = "$") -> str:
     """One formula: inline between single dollars, a block of its own between double ones."""
     words = re.sub(r"\\text\{[^}]*\}", lambda text: text[0].replace(r"\_", "_"), tex.strip())  # the converter shows the backslash
-    if mark == "$":
-        return convert(words)
-    return f'<span class="formula">{convert(words, display="block")}</span>'  # which scrolls on a narrow screen
+    formula = convert(words, display="inline" if mark == "$" else "block")
+    formula = formula.replace(f"<mi>{PLUS_MINUS}</mi>", f"<mo>{PLUS_MINUS}</mo>")  # the converter's is a letter, without spaces
+    return formula if mark == "$" else f'<span class="formula">{formula}</span>'  # which scrolls on a narrow screen
