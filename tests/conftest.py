@@ -2,8 +2,8 @@ import random
 
 import pytest
 import torch
-from browser import chromium
 
+from browser import chromium
 from minimoe import load_corpus, make_corpus
 
 

@@ -3,9 +3,9 @@
 import pandas as pd
 import pytest
 import torch
-from architectures import FAMILIES, build
 from torch import nn
 
+from architectures import FAMILIES, build
 from minimoe import AS_IT_IS, PARAMETRIZATIONS, adopt, check_module, diagnosis, exponents, fan_in, suspects
 from minimoe.parametrization import width
 from minimoe.training import TextData, windows

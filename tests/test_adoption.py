@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from architectures import FAMILIES, VOCABULARY, build, config, tokens
 from torch import nn
 from torch.nn import functional as F
 
+from architectures import FAMILIES, VOCABULARY, build, config, tokens
 from minimoe import AS_IT_IS, PARAMETRIZATIONS, Refused, adopt, fan_in, growing
 from minimoe.causal import next_token_loss
 

@@ -15,8 +15,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from browser import NEEDS_CHROMIUM, chromium
 
+from browser import NEEDS_CHROMIUM, chromium
 from minimoe.explorer import TO_DO
 
 ROOT = Path(__file__).parent.parent

@@ -3,10 +3,11 @@
 import re
 from pathlib import Path
 
-import adoptions
-import findings
 import pytest
 import torch
+
+import adoptions
+import findings
 
 ROOT = Path(__file__).parent.parent
 CELLS = {"init variance": "init_var", "multiplier": "multiplier", "Adam LR": "lr"}

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+
 from kills import (
     GRID,
     ORDER,
@@ -22,7 +23,6 @@ from kills import (
     started,
     wait_until,
 )
-
 from minimoe import read_sweep, sweep, sweeps
 from minimoe.store import StoreError
 

@@ -10,13 +10,13 @@ import sysconfig
 import threading
 from pathlib import Path
 
-import cloud
 import nbformat
 import pytest
+
+import cloud
+import handout
 import website
 from browser import NEEDS_CHROMIUM, chromium
-
-import handout
 
 RUBRIC = (website.ROOT / "docs" / "rubric.md").read_text()
 

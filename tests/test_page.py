@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from browser import NEEDS_CHROMIUM, watched
 
+from browser import NEEDS_CHROMIUM, watched
 from minimoe import read_sweep, regrets, transfer_report
 from minimoe.lr_explorer import END, explorer_data
 from minimoe.pages import course_datasets, digests, explorer_fragment, explorer_page

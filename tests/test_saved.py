@@ -7,10 +7,10 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import kills
 import pytest
 import torch
 
+import kills
 from minimoe import Config, MiniMoE, TrainOptions, load_corpus, train
 from minimoe.__main__ import main
 from minimoe.config import config_to_dict

@@ -4,9 +4,9 @@ import re
 
 import nbformat
 import pytest
-from browser import NEEDS_CHROMIUM, watched
 
 import slides
+from browser import NEEDS_CHROMIUM, watched
 
 pytestmark = NEEDS_CHROMIUM
 SIZE = {"width": 1280, "height": 800}

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from architectures import FAMILIES, OTHERS, build, tokens
 from torch import nn
 from torch.nn import functional as F
 
+from architectures import FAMILIES, OTHERS, build, tokens
 from minimoe import Config, MiniMoE
 from minimoe.modules import uses
 from minimoe.roles_by_use import adopted

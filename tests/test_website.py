@@ -4,10 +4,10 @@ import html.parser
 from urllib.parse import urlsplit
 
 import pytest
-import website
-from browser import NEEDS_CHROMIUM, chromium, watched
 
 import slides
+import website
+from browser import NEEDS_CHROMIUM, chromium, watched
 
 LOADED = {"img": "src", "script": "src", "link": "href", "iframe": "src"}  # what a browser fetches by itself
 

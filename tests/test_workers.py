@@ -12,10 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from kills import GRID, TINY, assert_same, wait_until
-from test_durability import cluster, uninterrupted, workers_of  # noqa: F401 (fixtures)
 
+from kills import GRID, TINY, assert_same, wait_until
 from minimoe import sweep, sweeps
+from test_durability import cluster, uninterrupted, workers_of  # noqa: F401 (fixtures)
 
 SWEEP = """
 from minimoe import TrainOptions, make_corpus, sweep

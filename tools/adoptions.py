@@ -15,7 +15,6 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 from architectures import FAMILIES, OTHERS, REFUSED, build, tokens  # noqa: E402
-
 from minimoe import Refused, adopt  # noqa: E402
 
 PAGE = ROOT / "docs" / "architectures.md"

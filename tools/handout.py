@@ -10,11 +10,11 @@ import io
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from website import ROOT, TEMPLATES, formatted
 
 from minimoe import lr_curves, read_sweep
 from minimoe.figures import label_octaves
 from notebooks import write_student_copies
+from website import ROOT, TEMPLATES, formatted
 
 LAB = ("01_weight_types", "03_coordinate_checks", "04_lr_transfer", "05_router_rules")
 SHEETS = {"lab_sheet": "Lab sheet", "rubric": "Rubric of the lab"}

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import nbformat
-from formulas import with_formulas
 from nbconvert import SlidesExporter
-from website import ROOT, TEMPLATES
 
+from formulas import with_formulas
 from minimoe import LRExplorer, read_sweep
 from minimoe.pages import course_datasets, explorer_page
+from website import ROOT, TEMPLATES
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser

@@ -14,7 +14,6 @@ import shutil
 from pathlib import Path, PurePosixPath
 
 import nbformat
-from formulas import with_formulas
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from nbconvert import HTMLExporter
 from nbconvert.filters import markdown2html
@@ -22,6 +21,7 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import get_lexer_for_filename
 
+from formulas import with_formulas
 from minimoe import PARAMETRIZATIONS, Parametrization
 from minimoe.pages import course_datasets, digests, explorer_fragment
 from minimoe.parametrization import CELLS
