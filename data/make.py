@@ -34,7 +34,7 @@ from minimoe import (
 from minimoe.arms import ARMS, EXPERT_ARMS
 from minimoe.learning import books
 from minimoe.parametrization import width as width_ratio
-from minimoe.tables import ROUTER_RULES
+from minimoe.tables import ROUTER_RULES, WIDTH_TABLES
 
 SWEEPS = Path(__file__).parent / "sweeps"
 OCTAVES = [2.0**octave for octave in range(-9, -3)]
@@ -137,7 +137,7 @@ def expert_count_runs(
     """The named arms of `minimoe.arms.EXPERT_ARMS`, four times as wide as the base."""
     store = SWEEPS / f"{name}.jsonl"
     for arm in (EXPERT_ARMS[name] for name in names):
-        least = 2 if arm.fields["renormalize"] else 1  # a single renormalised gate is always 1
+        least = 2 if arm.fields["gates"] == "renormalized" else 1  # a single renormalised gate is always 1
         sizes = {**SMALL, "n_experts": [n for n in experts if arm.at(n_experts=n)["top_k"] >= least]}
         sweep(widths, arm.table, lrs, seeds, steps, options=OPTIONS, store=store, **sizes, **arm.fields)
 
@@ -193,7 +193,7 @@ def coordinates() -> None:
     if path.exists():
         return
     mended = PARAMETRIZATIONS["simplep"].replace("router", lr=1 / fan_in)
-    frame = coordinate_check([*PARAMETRIZATIONS, mended], corpus="pydocs")
+    frame = coordinate_check([*WIDTH_TABLES, mended], corpus="pydocs")
     frame.to_csv(path, index=False, float_format="%.5g")
 
 

@@ -41,6 +41,7 @@ class Arm(NamedTuple):
         return {name: point[name] for name in self.fields}
 
 
+GATES = {"raw": "softmax", "renormalised": "renormalized"}  # an arm's word for Config's
 ROUTES: dict[str, Monomial | float] = {"1": 1, "sqrt(K)": granularity**0.5, "K": granularity}
 DOWN = {"width": width, "fan_in": fan_in}  # what init variance and LR are the inverse of
 SIMPLEP_ROUTER = PARAMETRIZATIONS["simplep"]["router"]
@@ -60,7 +61,7 @@ def arm(gates: str = "raw", down: str = "width", balance: str = "K", route: str 
     Raises ValueError for another choice.
     """
     choices = {
-        "gates": (gates, ("raw", "renormalised")),
+        "gates": (gates, tuple(GATES)),
         "down": (down, tuple(DOWN)),
         "balance": (balance, ("K", "1")),
         "route": (route, tuple(ROUTES)),
@@ -75,7 +76,7 @@ def arm(gates: str = "raw", down: str = "width", balance: str = "K", route: str 
         table = table.replace("router", name, **ROUTER_EDITS[router])
     table = table.replace("experts_down", name, **cells)
     weight = _counted_k_times if balance == "K" else 0.01 * TOP_K
-    return Arm(table, {"top_k": TOP_K, "renormalize": gates == "renormalised", "balance_weight": weight})
+    return Arm(table, {"top_k": TOP_K, "gates": GATES[gates], "balance_weight": weight})
 
 
 def _counted_k_times(size) -> float:
@@ -112,7 +113,7 @@ def _quarter(size) -> int:
 
 
 def _expert_arm(name: str, gates: str, top_k: Callable, forced: bool = False, balance: float = 0.01) -> Arm:
-    fields = {"renormalize": gates == "renormalised", "forced_balance": forced, "top_k": top_k, "balance_weight": balance}
+    fields = {"gates": GATES[gates], "forced_balance": forced, "top_k": top_k, "balance_weight": balance}
     return Arm(PARAMETRIZATIONS[name], fields)
 
 
@@ -120,10 +121,10 @@ EXPERT_ARMS: dict[str, Arm] = (
     {
         f"{name}, {gates}, k={active}": _expert_arm(name, gates, top_k)
         for name in ("mup", "simplep")
-        for gates in ("raw", "renormalised")
+        for gates in GATES
         for active, top_k in (("2", _two), ("E/4", _quarter))
     }
-    | {f"mup, {gates}, k=2, forced balance": _expert_arm("mup", gates, _two, forced=True) for gates in ("raw", "renormalised")}
+    | {f"mup, {gates}, k=2, forced balance": _expert_arm("mup", gates, _two, forced=True) for gates in GATES}
     | {f"mup, raw, k=2, balance {weight:g}": _expert_arm("mup", "raw", _two, balance=weight) for weight in (0, 0.1, 1)}
 )
 

@@ -22,7 +22,7 @@ from .experts import BLOCK
 from .model import MiniMoE, Output
 from .optimizers import BatchedAdamW
 from .roles import moved_betas, named_roles, numbers
-from .step import TrainOptions, autocast, losses, measured
+from .step import TrainOptions, autocast, bias_names, losses_and_load, measured, moved_biases
 
 
 class BatchedRuns:
@@ -52,11 +52,12 @@ class BatchedRuns:
         """
         gradients = vmap(grad_and_value(self._losses, has_aux=True))
         with _quiet_fallback():
-            gradient, (_, cross_entropy) = gradients(self.weights, self.buffers, batch)
+            gradient, (_, (cross_entropy, load)) = gradients(self.weights, self.buffers, batch)
         if self.options.clip is not None:
             norm = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
             gradient = gradient * (self.options.clip / (norm + 1e-6)).clamp(max=1.0)
         self.optimizer.step(gradient, factors or dict.fromkeys(self.roles, 1.0))
+        self.buffers |= moved_biases(self.skeleton.config, self._biases(), load)
         return cross_entropy
 
     @torch.no_grad()
@@ -72,10 +73,18 @@ class BatchedRuns:
             for model, weights in zip(self.models, self.weights, strict=True):
                 for param, value in zip(model.parameters(), self.optimizer.views(weights).values(), strict=True):
                     param.copy_(value)
+            for name, biases in self._biases().items():
+                for model, bias in zip(self.models, biases, strict=True):
+                    model.get_buffer(name).copy_(bias)
         return self.models
 
-    def _losses(self, weights: Tensor, buffers: dict, batch: Tensor) -> tuple[Tensor, Tensor]:
-        return losses(self._run(weights, buffers), self.skeleton.config, batch)
+    def _biases(self) -> dict[str, Tensor]:
+        """Buffer's name -> (R, E), of those that the load moves."""
+        return {name: self.buffers[name] for name in bias_names(self.skeleton.config)}
+
+    def _losses(self, weights: Tensor, buffers: dict, batch: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        loss, cross_entropy, load = losses_and_load(self._run(weights, buffers), self.skeleton.config, batch)
+        return loss, (cross_entropy, load)
 
     def _run(self, weights: Tensor, buffers: dict) -> Callable[[Tensor], Output]:
         """tokens -> Output, for one run's weights (P,)."""

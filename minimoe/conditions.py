@@ -1,4 +1,4 @@
-"""Conditions on a frame's rows, as the command line writes them: `renormalize=False`, `lr=2^-6`, `data_seed=None`."""
+"""Conditions on a frame's rows, as the command line writes them: `forced_balance=False`, `lr=2^-6`, `data_seed=None`."""
 
 from __future__ import annotations
 

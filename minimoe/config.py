@@ -10,16 +10,17 @@ from itertools import product
 from types import SimpleNamespace
 
 from .checks import LIMIT, not_negative, require, shown, typed
-from .parametrization import TRAINING, Parametrization
+from .parametrization import SCALES, TRAINING, Parametrization
 from .tables import parametrization
 
 ACTIVATIONS = ("relu", "gelu", "swiglu")
 ROLES = ("embedding", "unembedding", "attention", "attention_out", "experts_up", "experts_down", "router")  # of the model
-BASED = ("width", "depth", "n_experts", "top_k", "granularity")  # sizes that have a base value
+GATES = ("softmax", "renormalized", "sigmoid")
+BASED = ("width", "depth", "n_experts", "top_k", "granularity", "expert_ratio")  # sizes that have a base value
 
 # Fields that Config has got since the first shipped runs (store format 2), each with the value that changes nothing. A
 # field counts in a run's identity only where it differs from that value: a new feature never makes an old run another one.
-NEUTRAL: dict[str, object] = {}
+NEUTRAL: dict[str, object] = {"bias_rate": 0.0, "gains": False}
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,9 @@ class Config:
     granularity: int = 1  # G: n_experts * G experts, top_k * G active, hidden size / G (arXiv 2402.07871)
     expert_ratio: int = 2  # expert hidden size over width, at granularity 1
     activation: str = "relu"  # relu, gelu, or swiglu (a third matrix, stored beside the up projection)
-    renormalize: bool = False  # gates of the active experts sum to 1 (Mixtral), or stay as the softmax left them
+    gates: str = "softmax"  # over all experts; or renormalized: those of the active experts sum to 1; or sigmoid: each by itself
+    bias_rate: float = 0.0  # the choice is by score plus bias, and the load moves the bias at this rate; 0: no bias
+    gains: bool = False  # each norm is followed by a gain
     forced_balance: bool = False  # debugging and teaching: tokens go round the experts in turn, gates stay the router's
     balance_weight: float = 0.01  # weight of the balance loss, which is 1 at perfect balance for every E, K, G
     z_weight: float = 0.0  # weight of the router z-loss, mean logsumexp(router logits)^2 (arXiv 2202.08906)
@@ -50,6 +53,7 @@ class Config:
     base_n_experts: int | None = None  # likewise
     base_top_k: int | None = None  # likewise
     base_granularity: int | None = None  # likewise
+    base_expert_ratio: int | None = None  # likewise
 
     def __post_init__(self):
         object.__setattr__(self, "parametrization", parametrization(self.parametrization))
@@ -82,7 +86,7 @@ class Config:
         return replace(self, **{name: self.base_size(name) for name in BASED})
 
     def base_size(self, name: str) -> int:
-        """The base shape's width, depth, n_experts, top_k or granularity."""
+        """The base shape's value of one of BASED."""
         size = getattr(self, f"base_{name}")
         return getattr(self, name) if size is None else size
 
@@ -98,6 +102,13 @@ def differing(values: Mapping[str, object], neutral: Mapping[str, object]) -> di
     return {name: value for name, value in values.items() if name not in neutral or value != neutral[name]}
 
 
+def shape_in_key(config: Config) -> dict:
+    """The shape as it counts in a run's identity: without what is neutral, and as the first shipped runs had it."""
+    shape = differing(config.shape, NEUTRAL)
+    gates = shape.pop("gates")  # these runs had `renormalize` in its place
+    return shape | {"renormalize": gates == "renormalized"} | ({"gates": gates} if gates == "sigmoid" else {})
+
+
 def _check(c: Config) -> None:
     for f in fields(c):
         value = getattr(c, f.name)
@@ -107,27 +118,35 @@ def _check(c: Config) -> None:
             require(value is None or 1 <= value < LIMIT, f.name, value, "must be a positive integer below 2^63")
         elif f.type == "float":
             not_negative(f.name, value)
-    require(c.activation in ACTIVATIONS, "activation", c.activation, f"must be one of {', '.join(ACTIVATIONS)}")
+    for name, known in (("activation", ACTIVATIONS), ("gates", GATES)):
+        require(getattr(c, name) in known, name, getattr(c, name), f"must be one of {', '.join(known)}")
+    moved = not (c.bias_rate and c.forced_balance)
+    require(moved, "bias_rate", c.bias_rate, "forced_balance takes no choice, so there is no bias to move")
     for base, size in (("", lambda name: getattr(c, name)), ("base_", c.base_size)):  # the base is a model too
-        hidden = c.expert_ratio * size("width")
+        hidden = size("expert_ratio") * size("width")
         wide, finer = size("width"), size("granularity")
         require(wide % c.head_size == 0, f"{base}width", wide, f"must be a multiple of head_size={c.head_size}")
         most = f"must be at most {base}n_experts={size('n_experts')}"
         require(size("top_k") <= size("n_experts"), f"{base}top_k", size("top_k"), most)
-        rule = f"must divide the experts' hidden size, expert_ratio * {base}width = {hidden}"
+        rule = f"must divide the experts' hidden size, {base}expert_ratio * {base}width = {hidden}"
         require(hidden % finer == 0, f"{base}granularity", finer, rule)
-        learns = not c.renormalize or size("top_k") * finer > 1 or size("n_experts") == 1
+        learns = c.gates != "renormalized" or size("top_k") * finer > 1 or size("n_experts") == 1
         rule = f"with {base}top_k * {base}granularity = 1 the gate is always 1: no task gradient would reach the router"
-        require(learns, "renormalize", c.renormalize, rule)
-    _check_table(c.parametrization)
+        require(learns, "gates", c.gates, rule)
+    _check_table(c.parametrization, c.gains)
+    tied = c.parametrization["router"].init_var.coefficient == 0 and c.active_experts < c.experts and not c.forced_balance
+    rule = "a router that starts at 0 gives all experts one score, so that the same experts would serve every token"
+    require(not tied, "router.init_var", 0, rule)
 
 
-def _check_table(table: Parametrization) -> None:
-    missing = [role for role in ROLES if role not in table]
+def _check_table(table: Parametrization, gains: bool) -> None:
+    roles = (*ROLES, "gain", "final_gain") if gains else ROLES
+    missing = [role for role in roles if role not in table]
     if missing:
         raise ValueError(f"parametrization {table.name!r} has no rule for {', '.join(missing)}")
     known = {"fan_in", "expert_width", *BASED, *TRAINING}
-    unknown = {name for role in ROLES for name in table[role].ratios} - known
+    roles = (*roles, *(scale for scale in SCALES if scale in table))
+    unknown = {name for role in roles for name in table[role].ratios} - known
     if unknown:
         raise ValueError(f"parametrization {table.name!r} uses the unknown ratio {', '.join(sorted(unknown))}")
 
@@ -149,6 +168,8 @@ def config_from_dict(data: dict) -> Config:
 @lru_cache(maxsize=4096)  # a sweep's rows share their configs, and checking one takes longer than reading its row
 def _checked_config(text: str) -> Config:
     data = NEUTRAL | json.loads(text)
+    if "renormalize" in data:  # until version 0.5
+        data["gates"] = "renormalized" if data.pop("renormalize") else "softmax"
     if data.pop("balance_times_k", False):  # until version 0.2: a balance loss that counted each token K times
         data["balance_weight"] *= data["top_k"] * data["granularity"]
     return Config(**{**data, "parametrization": Parametrization.from_dict(data["parametrization"])})

@@ -10,9 +10,8 @@ from functools import lru_cache
 
 import torch
 
-from . import config as configs
 from . import step
-from .config import Config, differing
+from .config import Config, differing, shape_in_key
 from .model import MiniMoE
 from .roles import AT_BASE, Numbers, RoleParameter, moved_betas, named_roles, numbers
 from .step import TrainOptions
@@ -48,7 +47,7 @@ def run_key(config: Config, lr: float, steps: int, options: TrainOptions, corpus
     }
     identity = {
         "format": FORMAT,
-        "shape": differing(config.shape, configs.NEUTRAL),
+        "shape": shape_in_key(config),
         "numbers": evaluated,
         "seeds": [config.seed, options.order_seed(config.seed)],
         "steps": steps,

@@ -7,12 +7,13 @@ Letters in shape comments: B batch, T time, N = B*T tokens, D width, H heads, C 
 E experts (n_experts * granularity), K active experts per token (top_k * granularity), M expert hidden size.
 
 Design: pre-norm; RMS norm without parameters; learned absolute positions; causal attention with a fixed head size, so that
-its scale 1 / C does not move with the width; token-choice routing, dropless; no biases; an untied head.
+its scale 1 / C does not move with the width; token-choice routing, dropless; no biases; an untied head. Options: gains after
+the norms, and a bias on the choice of experts that the load moves. A table's multiplier of a residual branch is folded into
+that of the branch's last weight (see `Role.scales`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -22,10 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import saved
-from .checks import require
 from .config import Config
-from .corpus import Alphabet, check_tokens
+from .corpus import Alphabet
 from .experts import activated, attention, slot_counts, sorted_mixture
+from .generation import generated
 from .roles import RoleParameter, initialise, param_groups, parameter
 
 
@@ -38,14 +39,26 @@ class Output(NamedTuple):
     load: Tensor  # (L, E), fraction of the N*K assignments that each expert serves; sums to 1
 
 
-def weight(config: Config, role: str, shape: Callable[[Config], tuple], base_std: float | None = None) -> RoleParameter:
-    """The parameter of shape `shape(config)`, measured against what that shape is in the base model."""
-    return parameter(role, shape(config), base_shape=shape(config.base), base_std=base_std, ratios=config.ratios)
+def weight(config: Config, role: str, shape: Callable[[Config], tuple], **more) -> RoleParameter:
+    """The parameter of shape `shape(config)`, measured against what that shape is in the base model; see `roles.parameter`."""
+    return parameter(role, shape(config), base_shape=shape(config.base), ratios=config.ratios, **more)
 
 
 def rms_norm(x: Tensor) -> Tensor:
     """(..., D) -> (..., D) with root mean square 1 in the last axis (arXiv 1910.07467), without a gain."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+
+class Norm(nn.Module):
+    """`rms_norm`, and a gain where the config has gains."""
+
+    def __init__(self, config: Config, role: str = "gain"):
+        super().__init__()
+        self.gain = weight(config, role, lambda c: (c.width,), base_std=0.0, start=1.0) if config.gains else None
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., D)
+        x = rms_norm(x)
+        return x if self.gain is None else x * (self.gain_multiplier * self.gain)
 
 
 class Attention(nn.Module):
@@ -57,7 +70,7 @@ class Attention(nn.Module):
         self.q = weight(config, "attention", lambda c: (c.width, c.width))
         self.k = weight(config, "attention", lambda c: (c.width, c.width))
         self.v = weight(config, "attention", lambda c: (c.width, c.width))
-        self.o = weight(config, "attention_out", lambda c: (c.width, c.width))
+        self.o = weight(config, "attention_out", lambda c: (c.width, c.width), scales=("residual_attention",))
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
         q = self.split(x @ (self.q_multiplier * self.q))  # (B, H, T, C)
@@ -79,7 +92,7 @@ def mixture_by_mask(moe: MoE, x: Tensor, gates: Tensor, experts: Tensor) -> Tens
 
 
 class MoE(nn.Module):
-    """Token choice: softmax over all experts, then the K largest; no token is dropped."""
+    """Token choice: a score for each expert, then the K largest, which are the gates; no token is dropped."""
 
     mixture = sorted_mixture  # equals mixture_by_mask, but each expert computes its own tokens only; a test compares them
 
@@ -90,45 +103,53 @@ class MoE(nn.Module):
             self.router = weight(config, "router", lambda c: (c.width, c.experts))
         columns = 2 if config.activation == "swiglu" else 1  # of the up projection, per hidden value
         self.up = weight(config, "experts_up", lambda c: (c.experts, c.width, columns * c.expert_width))
-        self.down = weight(config, "experts_down", lambda c: (c.experts, c.expert_width, c.width))
+        scales = ("routed", "residual_moe")  # of the sum over the active experts, and of the branch
+        self.down = weight(config, "experts_down", lambda c: (c.experts, c.expert_width, c.width), scales=scales)
+        if config.bias_rate:
+            self.register_buffer("bias", torch.zeros(config.experts, dtype=torch.float32))  # see `step.moved_bias`
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(N, D) -> (N, D), balance loss (), router logits (N, E), load (E,)."""
         logits = self.router_logits(x)  # (N, E)
-        probabilities = torch.softmax(logits, dim=-1)
-        gates, experts = self.choice(probabilities)  # (N, K), (N, K)
-        load = slot_counts(experts, self.config.experts).to(probabilities) / experts.numel()  # (E,)
-        balance_loss = self.config.experts * (load * probabilities.mean(0)).sum()  # Switch, arXiv 2101.03961 eq. 4
+        scores = self.scores(logits)  # (N, E)
+        gates, experts = self.choice(scores)  # (N, K), (N, K)
+        load = slot_counts(experts, self.config.experts).to(scores) / experts.numel()  # (E,)
+        shares = scores / scores.sum(-1, keepdim=True) if self.config.gates == "sigmoid" else scores  # a softmax's sum is 1
+        balance_loss = self.config.experts * (load * shares.mean(0)).sum()  # Switch, arXiv 2101.03961 eq. 4
         return self.mixture(x, gates, experts), balance_loss, logits, load
 
     def router_logits(self, x: Tensor) -> Tensor:  # (N, D) -> (N, E)
         return x.new_zeros(x.shape[0], 1) if self.config.experts == 1 else (x @ (self.router_multiplier * self.router)).to(x)
 
-    def choice(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:  # (N, E) -> gates (N, K), expert numbers (N, K)
-        experts = self.chosen(probabilities)
-        return self.gates(probabilities, experts), experts
+    def scores(self, logits: Tensor) -> Tensor:  # (N, E) -> (N, E)
+        apart = self.config.gates == "sigmoid" and self.config.experts > 1
+        return torch.sigmoid(logits) if apart else torch.softmax(logits, dim=-1)
 
-    def gates(self, probabilities: Tensor, experts: Tensor) -> Tensor:  # (N, E), expert numbers (N, K) -> (N, K)
-        gates = probabilities.gather(1, experts)
-        return gates / gates.sum(-1, keepdim=True) if self.config.renormalize else gates
+    def choice(self, scores: Tensor) -> tuple[Tensor, Tensor]:  # (N, E) -> gates (N, K), expert numbers (N, K)
+        experts = self.chosen(scores)
+        return self.gates(scores, experts), experts
 
-    def chosen(self, probabilities: Tensor) -> Tensor:  # (N, E) -> expert numbers (N, K)
-        N, K, E = probabilities.shape[0], self.config.active_experts, self.config.experts
+    def gates(self, scores: Tensor, experts: Tensor) -> Tensor:  # (N, E), expert numbers (N, K) -> (N, K)
+        gates = scores.gather(1, experts)
+        return gates / gates.sum(-1, keepdim=True) if self.config.gates == "renormalized" else gates
+
+    def chosen(self, scores: Tensor) -> Tensor:  # (N, E) -> expert numbers (N, K)
+        N, K, E = scores.shape[0], self.config.active_experts, self.config.experts
         if self.config.forced_balance:  # slot j of token t goes to expert (t*K + j) mod E
-            return (torch.arange(N * K, device=probabilities.device) % E).view(N, K)
-        return probabilities.topk(K, dim=-1).indices
+            return (torch.arange(N * K, device=scores.device) % E).view(N, K)
+        return (scores + self.bias if self.config.bias_rate else scores).topk(K, dim=-1).indices
 
 
 class Block(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
-        self.attention = Attention(config)
-        self.moe = MoE(config)
+        self.attention_norm, self.attention = Norm(config), Attention(config)
+        self.moe_norm, self.moe = Norm(config), MoE(config)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(B, T, D) -> (B, T, D), balance loss (), router logits (B, T, E), load (E,)."""
-        x = x + self.attention(rms_norm(x))
-        y, balance_loss, logits, load = self.moe(rms_norm(x).flatten(0, 1))
+        x = x + self.attention(self.attention_norm(x))
+        y, balance_loss, logits, load = self.moe(self.moe_norm(x).flatten(0, 1))
         return x + y.view_as(x), balance_loss, logits.unflatten(0, x.shape[:2]), load
 
 
@@ -142,6 +163,7 @@ class MiniMoE(nn.Module):
         self.tokens = weight(config, "embedding", lambda c: (c.vocab_size, c.width), base_std=1.0)
         self.positions = weight(config, "embedding", lambda c: (c.context, c.width), base_std=0.5)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = Norm(config, "final_gain")
         self.unembedding = weight(config, "unembedding", lambda c: (c.width, c.vocab_size))
         initialise(self, config.parametrization, config.seed)
 
@@ -157,7 +179,7 @@ class MiniMoE(nn.Module):
             x, *routing = block(x)
             per_layer.append(routing)
         balance_losses, router_logits, loads = (torch.stack(values) for values in zip(*per_layer, strict=True))
-        logits = (rms_norm(x) @ (self.unembedding_multiplier * self.unembedding)).to(x)  # (B, T, V)
+        logits = (self.norm(x) @ (self.unembedding_multiplier * self.unembedding)).to(x)  # (B, T, V)
         return Output(logits, balance_losses.mean(), router_logits, loads)
 
     def param_groups(self, lr: float, *settings, **more) -> list[dict]:
@@ -170,20 +192,7 @@ class MiniMoE(nn.Module):
 
         temperature 0 takes the likeliest token. Raises ValueError for an empty prompt or tokens outside the vocabulary.
         """
-        rule = "must be finite and not negative"
-        require(tokens.ndim == 2 and tokens.shape[1] > 0, "prompt", tuple(tokens.shape), "must be (B, T) with T at least 1")
-        require(math.isfinite(temperature) and temperature >= 0, "temperature", temperature, rule)
-        require(n >= 0, "n", n, rule)
-        check_tokens(tokens, self.config.vocab_size)
-        generator = torch.Generator(tokens.device).manual_seed(seed)
-        for _ in range(n):
-            logits = self(tokens[:, -self.config.context :]).logits[:, -1]  # (B, V)
-            if not logits.isfinite().all():
-                raise ValueError("the model's logits are not finite: it diverged in training")
-            odds = torch.softmax(logits / (temperature or 1.0), -1)  # (B, V)
-            drawn = torch.multinomial(odds, 1, generator=generator) if temperature else odds.argmax(-1, keepdim=True)
-            tokens = torch.cat([tokens, drawn], dim=1)
-        return tokens
+        return generated(self, tokens, n, temperature, seed)
 
     def save(self, path: str | Path) -> None:
         """Write weights, config, table and alphabet to one file, whole or not at all. Raises OSError if it cannot be written."""

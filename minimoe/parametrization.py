@@ -162,8 +162,15 @@ FAMILY = {
     "shared_up": "experts_up",
     "shared_down": "experts_down",
     "gain": "embedding",
+    "final_gain": "gain",  # of the last norm, before the unembedding
     "bias": "embedding",
+    "residual_attention": "residual",
+    "residual_moe": "residual",
 }
+
+# Roles without a weight: the multiplier of a residual branch, and that of the routed sum inside the mixture. Each is folded
+# into the multiplier of the last weight of its branch (see `Role.scales`), which is the same function and the same training.
+SCALES = ("residual", "residual_attention", "residual_moe", "routed")
 
 
 @dataclass(frozen=True, repr=False)
@@ -188,6 +195,8 @@ class Parametrization:
             typed("role", "str", role)
             if not isinstance(rule, Rule):
                 raise TypeError(f"role {role!r} of parametrization {self.name!r} needs a Rule, got {rule!r}")
+            if role in SCALES and rule != Rule(multiplier=rule.multiplier):
+                raise ValueError(f"role {role!r} of parametrization {self.name!r} has no weight: give its multiplier alone")
         object.__setattr__(self, "rules", tuple(rules.items()))
 
     @property
@@ -208,7 +217,9 @@ class Parametrization:
         return dict(self.rules)[self.row(role)]
 
     def __contains__(self, role: str) -> bool:
-        return any(known in self.roles for known in (role, FAMILY.get(role)))
+        while role not in self.roles and role in FAMILY:
+            role = FAMILY[role]
+        return role in self.roles
 
     def same_rules(self, other: Parametrization) -> bool:
         """Whether both tables give every role the same rule, however finely each is written."""
@@ -254,7 +265,7 @@ class Parametrization:
         columns = list(_columns(self))
         cells = [cell for cell in CELLS if cell in PRINTED or any(getattr(rule, cell) != Monomial() for _, rule in columns)]
         rows = [[""] + [title for title, _ in columns]]
-        rows += [[cell] + [str(getattr(rule, cell)) for _, rule in columns] for cell in cells]
+        rows += [[cell] + [_shown_cell(role, rule, cell) for role, rule in columns] for cell in cells]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(text.ljust(size) for text, size in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join([self.name, *lines])
@@ -284,6 +295,11 @@ class Parametrization:
 
 def _monomial_to_json(cell: Monomial) -> list:
     return [cell.coefficient, dict(cell.powers)]
+
+
+def _shown_cell(role: str, rule: Rule, cell: str) -> str:
+    """A cell in a printed table; of a role without a weight, its multiplier alone."""
+    return "" if role in SCALES and cell != "multiplier" else str(getattr(rule, cell))
 
 
 def _columns(table: Parametrization) -> Iterator[tuple[str, Rule]]:

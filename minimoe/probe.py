@@ -61,7 +61,7 @@ def sites(config: Config) -> list[Site]:
             found.append(weighed(layer, "router", moe + "router", mixes="down", mixed=config.width))
         found.append(weighed(layer, "up", moe + "up"))
         found.append(weighed(layer, "down", moe + "down", source="up", degree=product_of_two))
-        gate = "" if config.experts == 1 or config.renormalize else "router"
+        gate = "" if config.experts == 1 or config.gates == "renormalized" else "router"
         found.append(Site(layer, "moe", made_by="mixture", made_of=("up", "down"), gate=gate))
         found.append(Site(layer, "residual", made_by="sum", made_of=("embedding", "o", "moe")))
     return [*found, weighed(OUTSIDE, "logits", "unembedding")]
@@ -80,7 +80,7 @@ class Observed(NamedTuple):
 def observed(model: MiniMoE, tokens: Tensor) -> Observed:
     """The model's sites on tokens (B, T), with their weights, inputs and outputs."""
     passed, inputs = _passed(model, tokens)
-    gates, experts = zip(*(b.moe.choice(torch.softmax(passed[b.moe][1][2], -1)) for b in model.blocks), strict=True)
+    gates, experts = zip(*(b.moe.choice(b.moe.scores(passed[b.moe][1][2])) for b in model.blocks), strict=True)
     seen = {}
     for site in sites(model.config):
         if site.parameters == ("tokens", "positions"):

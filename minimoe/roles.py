@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from .checks import PAIR, finite, not_negative, positive, require, typed
-from .parametrization import CELLS, FORWARD_CELLS, Parametrization
+from .parametrization import CELLS, FORWARD_CELLS, SCALES, Parametrization
 from .tables import parametrization
 
 AT_BASE = {"batch": 1.0, "duration": 1.0}  # the ratios of a training at its base batch and duration
@@ -34,6 +34,7 @@ class Role:
     ratios: Mapping[str, float] = field(default_factory=dict)  # true over base, for the named ratios that cells may use
     fan_in_axes: tuple[int, ...] = (-2,)  # the axes that its product sums over; none for a gain or a bias
     start: float = 0.0  # the value around which it is drawn: 1 for a gain
+    scales: tuple[str, ...] = ()  # roles without a weight whose multipliers, where a table has them, multiply its own
 
     def fan_in(self, shape: tuple[int, ...]) -> int:
         """The number of terms in each sum that a parameter of this shape makes; 1 for a gain or a bias."""
@@ -63,13 +64,15 @@ def parameter(
     ratios: Mapping[str, float] | None = None,
     fan_in_axes: tuple[int, ...] | None = None,
     start: float = 0.0,
+    scales: tuple[str, ...] = (),
 ) -> RoleParameter:
     """A parameter that declares its role, to be filled by `initialise`. Shape: (..., fan_in, fan_out), used as x @ W.
 
     base_shape: its shape in the base model (default: the same), which gives the ratio `fan_in`. base_std: its init std
     there (default 1 / sqrt(base fan_in)). ratios: further named ratios that its rule may use, such as {"width": 4.0}.
     fan_in_axes: the axes that its product sums over, for another layout than x @ W; () for a gain or a bias, which then
-    needs its base_std, mostly 0. start: the value around which it is drawn, 1 for a gain.
+    needs its base_std, mostly 0. start: the value around which it is drawn, 1 for a gain. scales: of SCALES, the roles without
+    a weight that multiply the output of its product, such as ("residual_attention",).
     Raises ValueError for a parameter without a fan_in and a base_std, for a shape that differs from base_shape in length,
     and for axes that it does not have; ValueError or TypeError for what is no size, no finite number or a negative base_std.
     """
@@ -89,13 +92,14 @@ def parameter(
         raise ValueError(f"{role}: fan_in_axes={axes}, but a parameter of shape {shape} has {len(shape)} axes")
     ratios = _positive_ratios(f"{role}: ratios", ratios)
     declared = Role(role, 0.0, ratios, axes, finite(f"{role}: start", start))
+    require(set(scales) <= set(SCALES), f"{role}: scales", scales, f"must be of {', '.join(SCALES)}")
     if axes:
         ratios["fan_in"] = declared.fan_in(shape) / declared.fan_in(base_shape)
     elif base_std is None:
         raise ValueError(f"{role}: a parameter of shape {shape} has no fan_in; give its base_std")
     std = 1 / math.sqrt(declared.fan_in(base_shape)) if base_std is None else not_negative(f"{role}: base_std", base_std)
     made = RoleParameter(torch.zeros(shape, dtype=torch.float32))  # whatever torch's default is: it is in no run's key
-    made.role = replace(declared, base_std=std)
+    made.role = replace(declared, base_std=std, scales=tuple(scales))
     return made
 
 
@@ -124,6 +128,9 @@ class Numbers(NamedTuple):
 def _evaluated(param: nn.Parameter, table: Parametrization, ratios: Mapping[str, float], cells: tuple[str, ...]) -> dict:
     rule, known = table[param.role.name], {**param.role.ratios, **ratios}
     values = {cell: getattr(rule, cell)(known) for cell in cells}
+    for scale in param.role.scales:
+        if scale in table:
+            values["multiplier"] *= table[scale].multiplier(known)
     return {"std": param.role.base_std * math.sqrt(values.pop("init_var")), **values}
 
 

@@ -22,7 +22,9 @@ def parameters(config: Config) -> int:
     columns = 3 if config.activation == "swiglu" else 2
     experts = config.experts * config.expert_width * config.width * columns
     router = config.width * config.experts if config.experts > 1 else 0
-    return config.width * (2 * config.vocab_size + config.context) + config.depth * (4 * config.width**2 + router + experts)
+    gains = config.width * (2 * config.depth + 1) if config.gains else 0
+    outside = config.width * (2 * config.vocab_size + config.context)
+    return gains + outside + config.depth * (4 * config.width**2 + router + experts)
 
 
 def memory_of_training(config: Config, options: TrainOptions, steps: int) -> int:

@@ -102,12 +102,33 @@ def autocast(dtype: str, device: torch.device) -> AbstractContextManager:
 
 def losses(run: Callable[[Tensor], Output], config: Config, batch: Tensor) -> tuple[Tensor, Tensor]:
     """(B, T + 1) -> (loss to train on, cross-entropy in nats), both (). `run` is a model: tokens -> Output."""
+    return losses_and_load(run, config, batch)[:2]
+
+
+def losses_and_load(run: Callable[[Tensor], Output], config: Config, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`losses`, and the load (L, E) of each expert."""
     out = run(batch[:, :-1])
     cross_entropy = F.cross_entropy(out.logits.flatten(0, 1), batch[:, 1:].flatten())
     loss = cross_entropy + config.balance_weight * out.balance_loss
     if config.z_weight:
         loss = loss + config.z_weight * out.router_logits.logsumexp(-1).square().mean()
-    return loss, cross_entropy
+    return loss, cross_entropy, out.load
+
+
+def moved_biases(config: Config, biases: Mapping[str, Tensor], load: Tensor) -> dict[str, Tensor]:
+    """The biases of the choice of experts after a step: bias -= bias_rate * (share of the tokens - K / E), outside the gradient.
+
+    DMFT-MoE, arXiv 2601.20205: a bias balances the load without a loss of its own. biases: buffer's name -> (..., E);
+    load: (..., L, E), which sums to 1 over the experts, so that an expert serves the share K * load of the tokens.
+    """
+    K, E = config.active_experts, config.experts
+    surplus = (K * load - K / E).unbind(-2)
+    return {name: bias - config.bias_rate * surplus[int(name.split(".")[1])] for name, bias in biases.items()}
+
+
+def bias_names(config: Config) -> list[str]:
+    """The names of the model's buffers that its load moves."""
+    return [f"blocks.{layer}.moe.bias" for layer in range(config.depth)] if config.bias_rate else []
 
 
 def measured(run: Callable[[Tensor], Output], batches: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,12 +165,15 @@ class SingleRun:
 
         factors: role -> factor; None: 1 for every role.
         """
-        loss, cross_entropy = losses(self._run, self.model.config, batch[0])
+        loss, cross_entropy, load = losses_and_load(self._run, self.model.config, batch[0])
         self.optimizer.zero_grad()
         loss.backward()
         if self.options.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip)
         self.optimizer.step(factors or dict.fromkeys(self.roles, 1.0))
+        biases = {name: self.model.get_buffer(name) for name in bias_names(self.model.config)}
+        for name, bias in moved_biases(self.model.config, biases, load).items():
+            biases[name].copy_(bias)
         return cross_entropy.detach()[None]
 
     @torch.no_grad()

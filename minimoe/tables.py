@@ -6,7 +6,21 @@ standard deviation stands here squared.
 
 from __future__ import annotations
 
-from .parametrization import Monomial, Parametrization, Rule, TwoTables, fan_in
+from dataclasses import replace
+
+from .parametrization import (
+    SCALES,
+    Monomial,
+    Parametrization,
+    Rule,
+    TwoTables,
+    depth,
+    expert_width,
+    fan_in,
+    granularity,
+    top_k,
+    width,
+)
 
 
 def table(name: str, *, embedding: Rule, unembedding: Rule, hidden: Rule, router: Rule) -> Parametrization:
@@ -16,6 +30,8 @@ def table(name: str, *, embedding: Rule, unembedding: Rule, hidden: Rule, router
         name, {"embedding": embedding, "unembedding": unembedding, "attention": hidden, **experts, "router": router}
     )
 
+
+WIDTH_TABLES = ("sp", "simplep", "mup")  # of arXiv 2508.09752: all else is fixed while the width grows
 
 # arXiv 2508.09752, the table of SimpleP | muP. For a MoE the experts are hidden weights ("scalable to scalable"); the two
 # differ in the router alone, which muP treats as an output weight ("scalable to fixed") and SimpleP leaves as in SP.
@@ -47,6 +63,52 @@ PARAMETRIZATIONS: dict[str, Parametrization] = {
 }
 
 
+def completep(name: str, alpha: float, router: Rule | None = None) -> Parametrization:
+    """Residual branches times L^-alpha (CompleteP, arXiv 2505.01618, Table 1 and the authors' code), for a MoE.
+
+    The paper is about dense models, with hidden matrices, biases, norms, embedding and unembedding. Here experts are hidden,
+    and the router has the output weight's row of `mup`, with the depth factor on its LR that every weight inside a block has.
+    eps: as in the authors' code, one factor for all groups. Weight decay: times the width's ratio for hidden weights, so that
+    LR times weight decay stays.
+    """
+    eps, slower = 1 / (width * depth**alpha), depth ** (alpha - 1)
+    hidden = Rule(init_var=1 / fan_in, lr=slower / fan_in, eps=eps, weight_decay=fan_in)
+    rows = {
+        "embedding": Rule(eps=eps),
+        "unembedding": Rule(multiplier=1 / fan_in, eps=eps),
+        "attention": hidden,
+        "experts_up": hidden,
+        "experts_down": hidden,
+        "router": router or Rule(multiplier=1 / fan_in, lr=slower, eps=eps),
+        "gain": Rule(lr=slower, eps=eps),
+        "final_gain": Rule(eps=eps),
+        "residual": Rule(multiplier=depth**-alpha),
+    }
+    return Parametrization(name, rows)
+
+
+# DMFT-MoE, arXiv 2601.20205 (v3), Table 2. For sigmoid gates; active experts over experts is fixed while both grow. The paper
+# ties embedding and readout, so the unembedding has the embedding's row here, and its own multiplier. It scales a standard
+# deviation of the down projection by the expert size over the width, on top of the width's own root.
+_per_depth = 1 / (width * depth)
+DMFT = Parametrization(
+    "dmft",
+    {
+        "embedding": Rule(eps=1 / width),
+        "unembedding": Rule(multiplier=1 / fan_in, eps=1 / width),
+        "attention": Rule(init_var=1 / fan_in, lr=1 / fan_in, eps=_per_depth),
+        "experts_up": Rule(init_var=1 / fan_in, lr=1 / fan_in, eps=1 / (expert_width * depth)),
+        "experts_down": Rule(init_var=width / expert_width**2, lr=1 / expert_width, eps=width / (expert_width**2 * depth)),
+        "router": Rule(init_var=1 / fan_in**2, lr=1 / fan_in, eps=_per_depth),
+        "gain": Rule(),
+        "residual": Rule(multiplier=1 / depth),
+        "routed": Rule(multiplier=1 / (top_k * granularity)),
+    },
+)
+for _known in (completep("completep", 1), completep("depth-mup", 0.5), DMFT):  # depth-mup: arXiv 2310.02244, Adam
+    PARAMETRIZATIONS[_known.name] = _known
+
+
 def _router(name: str, rule: Rule) -> Parametrization:
     """muP with another router."""
     return PARAMETRIZATIONS["mup"].replace("router", name, init_var=rule.init_var, multiplier=rule.multiplier, lr=rule.lr)
@@ -64,6 +126,33 @@ ROUTER_RULES: dict[str, Parametrization] = {
         _router("hidden router", Rule(init_var=1 / fan_in, multiplier=1, lr=1 / fan_in)),  # Megatron: any matrix is hidden
         _router("dmft router", Rule(init_var=1 / fan_in**2, multiplier=1, lr=1 / fan_in)),  # arXiv 2601.20205
         _router("fork router", Rule(init_var=1, multiplier=1 / fan_in**0.5, lr=1 / fan_in**0.5)),  # a nanoGPT-mup fork's
+    )
+}
+
+
+def _with_eps(table: Parametrization, name: str, eps: Monomial) -> Parametrization:
+    """The table with one eps for every weight."""
+    rules = {role: rule if role in SCALES else replace(rule, eps=eps) for role, rule in table.rules}
+    return Parametrization(name, rules)
+
+
+# Where the sources of a rule disagree, the other readings.
+READINGS: dict[str, Parametrization] = {
+    rule.name: rule
+    for rule in (
+        # A released code finds its hidden matrices by name, and misses the router: its LR has no depth factor.
+        completep("depth-mup, router without depth", 0.5, Rule(multiplier=1 / fan_in, eps=1 / (width * depth**0.5))),
+        # Complete(d)P, arXiv 2512.22382, Table 1: a router is a hidden weight; no multiplier but those of the branches; an eps of
+        # its own for embedding and unembedding.
+        completep("complete(d)p", 1, Rule(init_var=1 / fan_in, lr=1 / fan_in, eps=1 / (width * depth), weight_decay=fan_in))
+        .replace("embedding", "complete(d)p", eps=1 / width)
+        .replace("unembedding", "complete(d)p", init_var=1 / fan_in**2, multiplier=1, lr=1 / fan_in, eps=1, weight_decay=fan_in)
+        .replace("gain", "complete(d)p", eps=1 / (width * depth))
+        .replace("final_gain", "complete(d)p", eps=1),
+        # DMFT-MoE's released code: one eps for all groups, and not the paper's.
+        _with_eps(DMFT, "dmft, one eps", _per_depth),
+        # The usual init of the down projection, which the paper compares its own with: its std by the root of fan_in.
+        DMFT.replace("experts_down", "dmft, fan_in init", init_var=1 / fan_in),
     )
 }
 

@@ -23,7 +23,7 @@ def test_at_granularity_1_arms_differ_in_gates_and_router_alone():
     runs = {}
     for name, (_, fields) in ARMS.items():
         router = tensor_numbers(config(name))["blocks.0.moe.router"]
-        runs.setdefault((fields["renormalize"], router), set()).add(key(name))
+        runs.setdefault((fields["gates"], router), set()).add(key(name))
     assert len(runs) == 6  # raw gates with four routers, renormalised ones with two
     assert [len(keys) for keys in runs.values()] == [1] * 6
 

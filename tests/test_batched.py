@@ -30,7 +30,7 @@ def configs(**fields):
 
 
 LRS = [2**-6, 2**-7, 2**-5, 2**-6]
-SHAPES = [{}, {"granularity": 4, "renormalize": True}, {"activation": "swiglu"}, {"activation": "gelu", "z_weight": 0.1},
+SHAPES = [{}, {"granularity": 4, "gates": "renormalized"}, {"activation": "swiglu"}, {"activation": "gelu", "z_weight": 0.1},
           {"n_experts": 1, "top_k": 1}, {"forced_balance": True}]  # fmt: skip
 
 

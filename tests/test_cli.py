@@ -122,7 +122,7 @@ def test_help_teaches(command, capsys):
         (["train", "--lr", "-1"], "lr=-1.0: must be positive and finite"),
         (["train", "--parametrization", "np"], "unknown parametrization 'np'; known: sp, simplep, mup"),
         (["train", "--corpus", "missing.txt"], "no corpus 'missing.txt'"),
-        (["train", "--renormalize", "--top-k", "1"], "no task gradient would reach the router"),
+        (["train", "--gates", "renormalized", "--top-k", "1"], "no task gradient would reach the router"),
         (["sweep", "--widths", "32", "--parametrizations", "np"], "unknown parametrization"),
         (["sweep", "--warmup", "2"], "warmup=2.0"),
         (["report", "missing.jsonl"], "no run store at missing.jsonl"),

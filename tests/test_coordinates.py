@@ -211,7 +211,7 @@ def test_several_sizes_can_grow_together(corpus):
 
 def test_the_routers_law_is_the_one_that_applies(corpus):
     """A few small steps: its experts are as they were at init. Large ones: they have learned."""
-    sizes = TINY | {"widths": (32, 64), "renormalize": True}
+    sizes = TINY | {"widths": (32, 64), "gates": "renormalized"}
     for lr, law in ((2.0**-13, -0.5), (2.0**-4, 0.0)):
         frame = coordinate_check("mup", corpus=corpus, lr=lr, **sizes)
         rows = frame[(frame.tensor == "router") & (frame.quantity == "allocation") & (frame.step == 2)]

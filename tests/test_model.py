@@ -11,6 +11,7 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 from minimoe import PARAMETRIZATIONS, Config, MiniMoE, Parametrization, Rule, check_tokens, explain, fan_in
+from minimoe.config import GATES
 from minimoe.model import MoE, mixture_by_mask, rms_norm
 from minimoe.parametrization import ratio
 from minimoe.roles import initialise
@@ -26,7 +27,7 @@ def tokens(batch=2, time=16, vocab=96, seed=0):
     [
         {},
         {"n_experts": 1, "top_k": 1},
-        {"granularity": 4, "renormalize": True},
+        {"granularity": 4, "gates": "renormalized"},
         {"activation": "swiglu"},
         {"activation": "gelu", "forced_balance": True},
     ],
@@ -56,22 +57,22 @@ def moe_and_input(config, n, seed=0):
     granularity=st.sampled_from([1, 2, 4]),
     n=st.integers(1, 40),
     activation=st.sampled_from(["relu", "gelu", "swiglu"]),
-    renormalize=st.booleans(),
+    gates=st.sampled_from(GATES),
     name=st.sampled_from(["sp", "mup"]),
     seed=st.integers(0, 10),
 )
-def test_the_fast_expert_path_equals_the_dense_oracle(experts, top_k, granularity, n, activation, renormalize, name, seed):
+def test_the_fast_expert_path_equals_the_dense_oracle(experts, top_k, granularity, n, activation, gates, name, seed):
     assume(top_k <= experts)
-    assume(not (renormalize and top_k * granularity == 1 and experts > 1))
+    assume(not (gates == "renormalized" and top_k * granularity == 1 and experts > 1))
     config = Config(
         name, 64, head_size=16, n_experts=experts, top_k=top_k, granularity=granularity, activation=activation,
-        renormalize=renormalize,
+        gates=gates,
     )  # fmt: skip
     moe, x = moe_and_input(config, n, seed)
     weights = [x, *moe.parameters()]
     outputs, gradients = [], []
     for mixture in (None, mixture_by_mask):
-        gates, chosen = moe.choice(torch.softmax(moe.router_logits(x), -1))
+        gates, chosen = moe.choice(moe.scores(moe.router_logits(x)))
         out = moe(x)[0] if mixture is None else mixture(moe, x, gates, chosen)
         outputs.append(out)
         gradients.append(torch.autograd.grad(out.sin().sum(), weights, allow_unused=True))
@@ -90,7 +91,7 @@ def test_an_expert_without_tokens_gets_zero_gradient_and_harms_nothing():
     out.sum().backward()
     assert moe.up.grad[idle].abs().max() == 0
     assert moe.up.grad[~idle].abs().max() > 0
-    gates, chosen = moe.choice(torch.softmax(moe.router_logits(x), -1))
+    gates, chosen = moe.choice(moe.scores(moe.router_logits(x)))
     torch.testing.assert_close(out, mixture_by_mask(moe, x, gates, chosen), rtol=1e-9, atol=1e-9)
 
 
@@ -142,7 +143,7 @@ def test_imbalance_costs_more_than_one():
 def test_forced_balance_sends_slot_j_of_token_t_to_the_expert_in_turn():
     config = Config(width=32, n_experts=6, top_k=2, granularity=2, forced_balance=True)
     moe, x = moe_and_input(config, 9)
-    probabilities = torch.softmax(moe.router_logits(x), -1)
+    probabilities = moe.scores(moe.router_logits(x))
     gates, chosen = moe.choice(probabilities)
     for t in range(9):
         for j in range(4):
@@ -152,12 +153,12 @@ def test_forced_balance_sends_slot_j_of_token_t_to_the_expert_in_turn():
 
 
 def test_gates_are_raw_or_renormalised():
-    for renormalize in (False, True):
-        moe, x = moe_and_input(Config(width=32, renormalize=renormalize), 20)
-        probabilities = torch.softmax(moe.router_logits(x), -1)
+    for kind in ("softmax", "renormalized"):
+        moe, x = moe_and_input(Config(width=32, gates=kind), 20)
+        probabilities = moe.scores(moe.router_logits(x))
         gates, chosen = moe.choice(probabilities)
         assert torch.equal(chosen.sort(-1).values, probabilities.argsort(-1, descending=True)[:, :2].sort(-1).values)
-        if renormalize:
+        if kind == "renormalized":
             torch.testing.assert_close(gates.sum(-1), torch.ones(20, dtype=torch.float64))
         else:
             assert torch.equal(gates, probabilities.gather(1, chosen))
@@ -322,11 +323,11 @@ def test_bad_tokens_and_long_sequences_are_refused():
         ({"z_weight": float("nan")}, "z_weight=nan"),
         ({"activation": "tanh"}, "activation='tanh': must be one of relu, gelu, swiglu"),
         ({"parametrization": "np"}, "unknown parametrization 'np'; known: sp, simplep, mup"),
-        ({"renormalize": True, "top_k": 1}, "renormalize=True: with top_k \\* granularity = 1 .* no task gradient"),
+        ({"gates": "renormalized", "top_k": 1}, "gates='renormalized': with top_k \\* granularity = 1 .* no task gradient"),
         ({"base_top_k": 9}, "base_top_k=9: must be at most base_n_experts=8"),
         ({"base_width": 40}, "base_width=40: must be a multiple of head_size=16"),
         ({"width": 128, "head_size": 64}, "base_width=32: must be a multiple of head_size=64"),
-        ({"renormalize": True, "base_top_k": 1}, "base_top_k \\* base_granularity = 1 .* no task gradient"),
+        ({"gates": "renormalized", "base_top_k": 1}, "base_top_k \\* base_granularity = 1 .* no task gradient"),
         ({"parametrization": Parametrization("half", {"router": Rule()})}, "'half' has no rule for embedding, unembedding"),
         ({"parametrization": PARAMETRIZATIONS["mup"].replace("router", lr=1 / ratio("heads"))}, "unknown ratio heads"),
         ({"seed": 2**63}, "seed=9223372036854775808: must be an integer from 0"),
@@ -338,7 +339,7 @@ def test_every_bad_config_is_refused_early_by_name(fields, message):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"width": 64.0}, {"width": "64"}, {"depth": True}, {"renormalize": 1}, {"balance_weight": "x"}]
+    "fields", [{"width": 64.0}, {"width": "64"}, {"depth": True}, {"gates": 1}, {"balance_weight": "x"}]
 )
 def test_wrong_types_are_refused(fields):
     with pytest.raises(TypeError, match=next(iter(fields))):
@@ -351,8 +352,8 @@ def test_numpy_numbers_are_numbers_and_an_edited_copy_keeps_its_defaults():
 
 
 def test_renormalised_gates_are_allowed_where_the_router_still_learns():
-    Config(renormalize=True, top_k=1, granularity=2)
-    Config(renormalize=True, n_experts=1, top_k=1)
+    Config(gates="renormalized", top_k=1, granularity=2)
+    Config(gates="renormalized", n_experts=1, top_k=1)
 
 
 @given(

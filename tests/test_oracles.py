@@ -110,11 +110,11 @@ def olmoe(width, hidden, experts, top_k):
     return OlmoeSparseMoeBlock(config)
 
 
-@pytest.mark.parametrize(("peer", "renormalize"), [(mixtral, True), (olmoe, False)])
+@pytest.mark.parametrize(("peer", "gates"), [(mixtral, "renormalized"), (olmoe, "softmax")])
 @pytest.mark.parametrize("table", ["sp", "mup"])  # the table's multipliers are part of the weights copied over
 @torch.no_grad()
-def test_our_moe_is_transformers_with_the_same_weights(peer, renormalize, table):
-    config = Config(table, width=64, n_experts=6, top_k=2, activation="swiglu", renormalize=renormalize)
+def test_our_moe_is_transformers_with_the_same_weights(peer, gates, table):
+    config = Config(table, width=64, n_experts=6, top_k=2, activation="swiglu", gates=gates)
     moe = MiniMoE(config).blocks[0].moe
     theirs = peer(config.width, config.expert_width, config.experts, config.active_experts).eval()
     theirs.gate.weight.copy_((moe.router_multiplier * moe.router).T)

@@ -347,7 +347,7 @@ def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(tmp_path, started, n_job
         {"corpus_digest": "other"},
         {"options": TrainOptions(batch_size=3)},
         {"config": Config(width=64, seed=1)},
-        {"config": Config(width=64, renormalize=True)},
+        {"config": Config(width=64, gates="renormalized")},
         {"config": Config(width=64, base_width=64)},
         {"config": Config("sp", width=64)},
     ],

@@ -74,7 +74,7 @@ def test_predictions_of_the_built_in_tables_by_hand():
         assert (found["embedding", "init"], found["embedding", "update"]) == (0, 0)
         assert found["scores", "init"] == found["residual", "init"] == 0
         assert found.get(("moe", "init")) == (None if table == "mup" else 0)  # raw gates that flatten: no power law yet
-        assert predicted(table, renormalize=True)["moe", "init"] == 0
+        assert predicted(table, gates="renormalized")["moe", "init"] == 0
     grown = MUP.replace("experts_up", init_var=1)  # the hidden values grow, and the down projection inherits that
     assert predicted(grown)["down", "init"] == predicted(grown)["down", "update"] == 0.5
     assert predicted(grown, activation="swiglu")["down", "init"] == 1  # a product of two

@@ -142,7 +142,8 @@ def test_a_run_that_diverged_is_no_clean_bill_of_health(corpus):
 
 
 def test_many_experts_and_top_1_do_not_condemn_mup(corpus):
-    for fields in ({"n_experts": 32}, {"top_k": 1}, {"renormalize": True}, {"activation": "swiglu"}, {"forced_balance": True}):
+    renormalized, forced = {"gates": "renormalized"}, {"forced_balance": True}
+    for fields in ({"n_experts": 32}, {"top_k": 1}, renormalized, {"activation": "swiglu"}, forced):
         frame = coordinate_check("mup", (32, 64, 128), 1, (0, 1), corpus=corpus, n_jobs=2, context=16, **fields)
         table = exponents(frame)
         assert table[table.verdict.isin(BROKEN)].empty, fields
