@@ -43,6 +43,7 @@ LEARNING_STEPS = range(10, STEPS + 1, 10)
 OPTIONS = TrainOptions(evals=10)
 WHOLE = [2.0**octave for octave in range(-7, -2)]
 HALVES = [2.0 ** (half / 2) for half in range(-12, -5)]
+DEPTH_HALVES = [2.0 ** (half / 2) for half in range(-13, -6)]
 EXPERT_HALVES = [*HALVES, 2.0**-2.5]  # a single seed's optimum is at 2^-3.5 here and there
 ARMS_OF_FIVE_SIZES = (
     "authors",
@@ -161,6 +162,22 @@ def balance() -> None:
     expert_count_runs(AT_64_EXPERTS, EXPERT_HALVES, SEEDS, experts=(64,), name="balance")
 
 
+DEPTHS = (32, 16, 8, 4, 2)  # the longest first
+DEPTH_TABLES = ("mup", "completep", "depth-mup")
+WIDE_OCTAVES = [2.0**octave for octave in range(-8, -1)]
+
+
+def depth() -> None:
+    """2 to 32 blocks without a rule for the depth, and with 1/L or 1/sqrt(L): whole octaves in a screen, half octaves around
+    the optima with three seeds, and these at the ends half as long."""
+    store = SWEEPS / "depth.jsonl"
+    runs = [(WIDE_OCTAVES, (0,), STEPS, DEPTHS), (DEPTH_HALVES, SEEDS, STEPS, DEPTHS)]
+    runs += [(DEPTH_HALVES, SEEDS, STEPS // 2, (DEPTHS[0], DEPTHS[-1]))]
+    for lrs, seeds, steps, depths in runs:
+        for blocks in depths:
+            sweep((32,), DEPTH_TABLES, lrs, seeds, steps, options=OPTIONS, store=store, depth=blocks, base_depth=2)
+
+
 def tiny(name: str, **changes) -> Plan:
     """transformers' Mixtral or OLMoE in a tiny size, as the library initialises it, adopted; its base width is 64."""
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 64, "vocab_size": 96}
@@ -254,7 +271,7 @@ def costs(store: Path) -> str:
     return f", {len(rows)} rows, {len(runs)} runs, {runs.seconds.sum() / 3600:.1f} core-hours"
 
 
-SWEPT = (transfer, router_rules, expert_count, balance, granularity, router_cells)
+SWEPT = (transfer, router_rules, expert_count, balance, granularity, router_cells, depth)
 MADE = {made.__name__: made for made in (coordinates, mutants, *SWEPT, learning, adopted)}
 
 if __name__ == "__main__":
