@@ -22,6 +22,7 @@ from minimoe import (
     adopt,
     adopted_sweep,
     coordinate_check,
+    diagnosis,
     exponents,
     fan_in,
     growing,
@@ -34,7 +35,8 @@ from minimoe import (
 from minimoe.arms import ARMS, EXPERT_ARMS
 from minimoe.learning import books
 from minimoe.parametrization import width as width_ratio
-from minimoe.tables import ROUTER_RULES, WIDTH_TABLES
+from minimoe.tables import READINGS, ROUTER_RULES, WIDTH_TABLES
+from minimoe.verdicts import layers_compared
 
 SWEEPS = Path(__file__).parent / "sweeps"
 OCTAVES = [2.0**octave for octave in range(-9, -3)]
@@ -178,6 +180,52 @@ def depth() -> None:
             sweep((32,), DEPTH_TABLES, lrs, seeds, steps, options=OPTIONS, store=store, depth=blocks, base_depth=2)
 
 
+SIGMOID = {"gates": "sigmoid", "balance_weight": 0.0}  # as dmft has it
+RATE = 0.1  # of the bias, by `bias_rate`
+RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
+PER_ACTIVE = {**SMALL, "base_n_experts": 8, "base_top_k": 2}
+QUARTER = {"n_experts": (32, 16, 8, 4), "top_k": (8, 4, 2, 1)}
+
+
+def bias_rate() -> None:
+    """How fast may the load move the bias? Five rates, and none, at 4 and at 32 experts, a quarter of them active."""
+    ends = {"n_experts": (4, 32), "top_k": (1, 8)}
+    fields = {**SIGMOID, **PER_ACTIVE, "bias_rate": (0.0, *RATES)}
+    sweep((64,), ("dmft",), [2.0**-5], SEEDS, STEPS, options=OPTIONS, store=SWEEPS / "bias_rate.jsonl", path=ends, **fields)
+
+
+def share() -> None:
+    """dmft at a fixed share of active experts, 1/4, and its negative control: other shares with two active ones. Under mup with
+    gates that sum to 1: other shares of 32 experts. (Its arm with two active experts is in `expert_count`.)"""
+    store, fields = SWEEPS / "share.jsonl", {**SIGMOID, **PER_ACTIVE, "bias_rate": RATE}
+    for path in (QUARTER, {"n_experts": (32, 16, 4), "top_k": (2, 2, 2)}):
+        sweep((64,), ("dmft",), EXPERT_HALVES, SEEDS, STEPS, options=OPTIONS, store=store, path=path, **fields)
+    gates = {**SMALL, "gates": "renormalized"}
+    sweep((64,), ("mup",), EXPERT_HALVES, SEEDS, STEPS, options=OPTIONS, store=store, n_experts=32, top_k=(16, 8, 4), **gates)
+
+
+def share_batch() -> None:
+    """The ends of these arms with four times the batch at the same number of steps: what is noise shrinks with it."""
+    store, gates = SWEEPS / "share_batch.jsonl", {**SMALL, "gates": "renormalized", "batch_size": 64}
+    path = {"n_experts": (32, 32, 4), "top_k": (16, 2, 2)}
+    sweep((64,), ("mup",), EXPERT_HALVES, SEEDS, STEPS, options=OPTIONS, store=store, path=path, **gates)
+
+
+def expert_size() -> None:
+    """Experts 1 to 16 times as large as the width, under dmft, and under dmft with the usual init of the down projection."""
+    store, tables = SWEEPS / "expert_size.jsonl", ("dmft", READINGS["dmft, fan_in init"])
+    fields = {**SIGMOID, "bias_rate": RATE, "base_expert_ratio": 1, "base_width": 16}
+    for size in (16, 8, 4, 2, 1):
+        sweep((32,), tables, EXPERT_HALVES, SEEDS, STEPS, options=OPTIONS, store=store, expert_ratio=size, **fields)
+
+
+def width_depth() -> None:
+    """Width and depth together, four times as much of both: under mup, which has no rule for the depth, and under completep."""
+    path, store = {"width": (128, 64, 32), "depth": (8, 4, 2)}, SWEEPS / "width_depth.jsonl"
+    lrs = DEPTH_HALVES
+    sweep(None, ("mup", "completep"), lrs, SEEDS, STEPS, options=OPTIONS, store=store, path=path, base_depth=2)
+
+
 def tiny(name: str, **changes) -> Plan:
     """transformers' Mixtral or OLMoE in a tiny size, as the library initialises it, adopted; its base width is 64."""
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 64, "vocab_size": 96}
@@ -212,6 +260,56 @@ def coordinates() -> None:
     mended = PARAMETRIZATIONS["simplep"].replace("router", lr=1 / fan_in)
     frame = coordinate_check([*WIDTH_TABLES, mended], corpus="pydocs")
     frame.to_csv(path, index=False, float_format="%.5g")
+
+
+AXES = {  # what grows in a check, each by powers of two
+    "width": {"widths": (64, 128, 256, 512)},
+    "depth": {"widths": 32, "depth": (2, 4, 8, 16, 32, 64)},
+    "n_experts": {"widths": 64, "path": {"n_experts": (4, 8, 16, 32, 64), "top_k": (1, 2, 4, 8, 16)}},
+    "expert_ratio": {"widths": 32, "expert_ratio": (1, 2, 4, 8, 16, 32, 64)},
+}
+FURTHER = {  # tables that are checked along one axis alone
+    "depth": [(READINGS["depth-mup, router without depth"], {})],
+    "expert_ratio": [(READINGS["dmft, fan_in init"], SIGMOID)],
+}
+
+
+def axes() -> None:
+    """Coordinate checks of five tables along four axes: exponents and verdicts, and the values behind them."""
+    tables = [(name, {}) for name in ("sp", "mup", "completep", "depth-mup")] + [("dmft", SIGMOID)]
+    for axis, sizes in AXES.items():
+        for table, fields in [*tables, *FURTHER.get(axis, [])]:
+            add_check(axis, table, {**sizes, **fields})
+
+
+def add_check(axis: str, table, fields: dict) -> None:
+    """Check one table along one axis, and append its exponents and its values after the last step."""
+    found, seen = SWEEPS.parent / "axes.csv", SWEEPS.parent / "axes_values.csv"
+    name = getattr(table, "name", table)
+    if seen.exists() and (pd.read_csv(seen)[["axis", "parametrization"]] == [axis, name]).all(axis=1).any():
+        return
+    frame = coordinate_check(table, steps=4, seeds=SEEDS, corpus="pydocs", **fields)
+    columns = [
+        "parametrization",
+        "layer",
+        "tensor",
+        "quantity",
+        "predicted",
+        "measured",
+        "stderr",
+        "agrees",
+        "verdict",
+        "closure",
+    ]
+    table = exponents(frame)[[*columns, "role", "kind"]].assign(diagnosis=diagnosis(exponents(frame), axis)[name])
+    last = frame[(frame.step == frame.step.max()) | (frame.quantity == "init")]
+    labels = ["parametrization", "layer", "tensor", "quantity", axis]
+    values = layers_compared(last).groupby(labels, sort=False).value.agg(["mean", "sem"]).reset_index()
+    values = values.rename(columns={axis: "size"})
+    for path, rows in ((found, table), (seen, values)):
+        rows.insert(0, "axis", axis)
+        rows.to_csv(path, mode="a", header=not path.exists(), index=False, float_format="%.4g")
+    print(f"{axis}, {name}: {table.diagnosis[0]}", flush=True)
 
 
 def mutants() -> None:
@@ -271,8 +369,8 @@ def costs(store: Path) -> str:
     return f", {len(rows)} rows, {len(runs)} runs, {runs.seconds.sum() / 3600:.1f} core-hours"
 
 
-SWEPT = (transfer, router_rules, expert_count, balance, granularity, router_cells, depth)
-MADE = {made.__name__: made for made in (coordinates, mutants, *SWEPT, learning, adopted)}
+SWEPT = (transfer, router_rules, expert_count, balance, granularity, router_cells, depth, bias_rate, share, expert_size, width_depth, share_batch)
+MADE = {made.__name__: made for made in (coordinates, axes, mutants, *SWEPT, learning, adopted)}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or MADE:

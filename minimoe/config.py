@@ -18,6 +18,8 @@ ROLES = ("embedding", "unembedding", "attention", "attention_out", "experts_up",
 GATES = ("softmax", "renormalized", "sigmoid")
 BASED = ("width", "depth", "n_experts", "top_k", "granularity", "expert_ratio")  # sizes that have a base value
 
+SHAPELESS = ("depth", "n_experts", "top_k", "expert_ratio")  # of these, those whose base no init std at the base depends on
+
 # Fields that Config has got since the first shipped runs (store format 2), each with the value that changes nothing. A
 # field counts in a run's identity only where it differs from that value: a new feature never makes an old run another one.
 NEUTRAL: dict[str, object] = {"bias_rate": 0.0, "gains": False}

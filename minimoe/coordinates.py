@@ -32,7 +32,7 @@ from torch import Tensor
 
 from .allocations import Entry, Ledger
 from .checks import require, whole
-from .config import BASED, Config
+from .config import BASED, SHAPELESS, Config
 from .corpus import Corpus, load_corpus
 from .grids import Planned, planned_runs
 from .model import MiniMoE
@@ -46,8 +46,7 @@ from .workers import finished
 
 PROBED = 512  # validation tokens
 WIDTHS = (64, 128, 256, 512)
-SIZES = (*BASED, "expert_ratio", "batch_size")  # what can grow in a check
-SHAPELESS = ("depth", "n_experts", "top_k")  # sizes whose base acts through cells alone: the smallest, unless it is given
+SIZES = (*BASED, "batch_size")  # what can grow in a check
 LED = 4  # times as large as the independent part of a gradient must the aligned part be, to lead it
 LOSS = "loss"  # in place of a tensor: the sum of the allocations, and the true fall of the loss
 ROUTINGS = ("free", "forced", "frozen")
@@ -82,9 +81,11 @@ def coordinate_check(
 
     The size is the width (default 64, 128, 256, 512), or the one other field of Config that has several values
     (`granularity=(1, 2, 4)`, `depth=(2, 8)`), or the batch size; then the width is 64 unless you give it. Or several grow
-    together: `path={"width": (64, 128), "n_experts": (4, 8)}`. Slopes are taken against the first of SIZES that grows.
-    fields: of Config, each one value, several, or a function of the sizes. Where the depth or a number of experts grows, the
-    smallest one is its base unless you give it (`base_depth=`), so that cells may use it. For granularity give a
+    together: `path={"width": (64, 128), "depth": (2, 4)}`. Slopes are taken against the first of SIZES that grows. Let the
+    number of experts grow with that of the active ones, `path={"n_experts": (4, 8), "top_k": (1, 2)}`: of experts that get
+    another share of the tokens there is no theory. fields: of Config, each one value, several, or a function of the sizes. Where
+    the depth, a number of experts or their size (`expert_ratio`) grows, the smallest one is its base unless you give it
+    (`base_depth=`), so that cells may use it. For granularity give a
     base_granularity, mostly 1: by default each granularity is its own base, whose std is that of its true fan_in.
 
     lr: predictions are to first order in the updates. The default is small enough for that even where updates grow by
@@ -113,7 +114,7 @@ def coordinate_check(
     axis = size_axis(pd.DataFrame([_sizes(run) for run in runs]))
     expected = {table: [_expected(rows, axis, law) for law in (False, True)] for table, rows in _by_table(runs).items()}
     longest_first = sorted(runs, key=lambda run: tuple(-size for size in _sizes(run).values()))
-    jobs = ((run, corpus, device, routing, expected[run.config.parametrization.name]) for run in longest_first)
+    jobs = ((run, corpus, device, routing, axis, expected[run.config.parametrization.name]) for run in longest_first)
     n_jobs = min(n_jobs or joblib.cpu_count(), len(runs)) if device.type == "cpu" else 1
     if n_jobs > 1:
         rows = dict(finished((joblib.delayed(_numbered_rows)(*job) for job in enumerate(jobs)), n_jobs))
@@ -176,10 +177,13 @@ def size_axis(frame: pd.DataFrame) -> str:
     return growing[0]
 
 
-def _measured_run(run: Planned, corpus: Corpus, device: torch.device, routing: str, expected: Sequence[Mapping]) -> list[dict]:
-    """One run's rows. expected: the predictions at init, and once what is shared has learned (see `theory`)."""
+def _measured_run(
+    run: Planned, corpus: Corpus, device: torch.device, routing: str, axis: str, expected: Sequence[Mapping]
+) -> list[dict]:
+    """One run's rows. axis: the size that grows. expected: the predictions at init, and once what is shared has learned (see
+    `theory`)."""
     config, options = run.config, run.options
-    data, about = TextData(corpus, device), site_labels(config)
+    data, about = TextData(corpus, device), site_labels(config, axis)
     about[OUTSIDE, LOSS] = {"role": NONE, "kind": NONE, "source": NONE, "degree": 1, "mixture": NONE, "place": len(about)}
     labels = {"parametrization": config.parametrization.name, **_sizes(run), "seed": config.seed}
     order = data.order([config.seed], run.steps, options.batch_size, config.context)

@@ -19,8 +19,9 @@ def suspects(table: pd.DataFrame) -> pd.DataFrame:
     A wrong multiplier moves init and update by the same power of the size, a wrong init_var (by half its power) init alone,
     a wrong lr update alone. What a site inherits from its source is taken off first, so that one wrong cell is named once.
     A head that starts too large, its std above 1 / n, is seen in the other weights' allocations: they grow, with their
-    updates as they should be. Where a tensor has no update of its own in the table, its allocation stands in for it, less
-    what the head explains. Over the depth, an allocation that grows blames its LR.
+    updates as they should be. So are the experts' outer weights, where the size of the experts grows. Where a tensor has no
+    update of its own in the table, its allocation stands in for it, less what the head explains. Over the depth, an allocation
+    that grows blames its LR.
 
     `power`: of the size, by which the cell is too large. The largest comes first (to half a power; of equal ones the first in
     the forward pass), and what stands below it may be its consequence. What is known by its allocation alone (a gain, a bias)
@@ -61,11 +62,25 @@ def _faults(group: pd.DataFrame) -> Iterator[tuple[str, str, float, str]]:
     for site in broken.itertuples():
         if found := _fault(site, measured[site.layer], surplus, site.tensor == head):
             yield site.role, *found
+    yield from _surplus_inside(group, measured)
     if head and surplus and not ((broken.layer == OUTSIDE) & (broken.tensor == head)).any():
         felt = group[(group.quantity == "allocation") & (group.verdict == "explodes")].tensor.unique()
         because = f"{head}: init {surplus + MUP_INIT['output']:+.2f}; the gradients that pass through it make the allocations "
         role = group[(group.tensor == head) & (group.layer == OUTSIDE)].role.iloc[0]
         yield role, "init_var", 2 * surplus, because + f"of {', '.join(felt)} grow"
+
+
+def _surplus_inside(group: pd.DataFrame, measured: pd.Series) -> Iterator[tuple[str, str, float, str]]:
+    """The faults of output weights inside the blocks that start above muP's power, where the weight before each feels it: the
+    experts' outer weights, as their size grows."""
+    grows = group[(group.quantity == "allocation") & (group.verdict == "explodes")].set_index(["layer", "tensor"]).index
+    outer = group[(group.quantity == "init") & (group.kind == "output") & (group.source != NONE) & (group.layer != OUTSIDE)]
+    for site in outer.itertuples():
+        surplus = measured[site.layer, site.tensor, "init"] - MUP_INIT["output"]
+        if surplus > TOLERANCE and (site.layer, site.source) in grows:
+            init = f"{site.tensor}: init {measured[site.layer, site.tensor, 'init']:+.2f}"
+            because = f"{init}; the gradients that pass through it make the allocation of {site.source} grow"
+            yield site.role, "init_var", 2 * surplus, because
 
 
 def _head_surplus(group: pd.DataFrame, measured: pd.Series) -> tuple[str, float]:

@@ -21,6 +21,7 @@ from .experts import activated
 from .identity import declared
 from .model import MiniMoE
 
+PRODUCTS = (Tensor.mul, Tensor.__mul__, torch.mul, Tensor.matmul, Tensor.__matmul__, torch.matmul)
 OUTSIDE = -1  # the layer of what belongs to no block
 
 
@@ -54,9 +55,13 @@ def sites(config: Config) -> list[Site]:
     found = [weighed(OUTSIDE, "embedding", "tokens", "positions")]
     for layer in range(config.depth):
         attention, moe = (f"blocks.{layer}.{part}." for part in ("attention", "moe"))
+        if config.gains:
+            found.append(weighed(layer, "attention gain", f"blocks.{layer}.attention_norm.gain"))
         found += [weighed(layer, name, attention + name) for name in "qkv"]
         found.append(Site(layer, "scores", made_by="product", made_of=("q", "k"), mixes="v", mixed=config.head_size))
         found.append(weighed(layer, "o", attention + "o", source="v"))
+        if config.gains:
+            found.append(weighed(layer, "moe gain", f"blocks.{layer}.moe_norm.gain"))
         if config.experts > 1:
             found.append(weighed(layer, "router", moe + "router", mixes="down", mixed=config.width))
         found.append(weighed(layer, "up", moe + "up"))
@@ -64,7 +69,8 @@ def sites(config: Config) -> list[Site]:
         gate = "" if config.experts == 1 or config.gates == "renormalized" else "router"
         found.append(Site(layer, "moe", made_by="mixture", made_of=("up", "down"), gate=gate))
         found.append(Site(layer, "residual", made_by="sum", made_of=("embedding", "o", "moe")))
-    return [*found, weighed(OUTSIDE, "logits", "unembedding")]
+    last = [weighed(OUTSIDE, "final gain", "norm.gain")] if config.gains else []
+    return [*found, *last, weighed(OUTSIDE, "logits", "unembedding")]
 
 
 class Observed(NamedTuple):
@@ -87,6 +93,7 @@ def observed(model: MiniMoE, tokens: Tensor) -> Observed:
             site = _looked_up(site, model, tokens)
         elif site.parameters:
             weight, x = effective(model, site.parameters[0]), inputs.get(site.parameters[0])
+            weight = weight.diag() if weight.ndim == 1 else weight  # a gain multiplies each coordinate of its input
             site = site._replace(weight=weight, input=lambda chosen, x=x: (x.flatten(0, -2), None))
         if site.name == "up":
             site = site._replace(input=lambda chosen, x=passed[model.blocks[site.layer].moe][0]: _routed(x, chosen))
@@ -107,7 +114,8 @@ def effective(model: nn.Module, name: str) -> Tensor:
 
 
 class _Inputs(TorchFunctionMode):
-    """Records, by the parameter's name, what each effective weight is multiplied with: x of `x @ (multiplier * weight)`."""
+    """Records, by the parameter's name, what each effective weight is multiplied with: x of `x @ (multiplier * weight)`, or of
+    a gain's `x * (multiplier * gain)`."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -117,9 +125,9 @@ class _Inputs(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        if function in (Tensor.mul, Tensor.__mul__, torch.mul) and id(args[1]) in self.names:
+        if function in PRODUCTS and id(args[1]) in self.names:
             self.weights[id(out)] = self.names[id(args[1])], out
-        if function in (Tensor.matmul, Tensor.__matmul__, torch.matmul) and id(args[1]) in self.weights:
+        if function in PRODUCTS and id(args[1]) in self.weights:
             self.inputs[self.weights[id(args[1])][0]] = args[0]
         return out
 

@@ -35,7 +35,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from .checks import require
-from .config import BASED, Config
+from .config import BASED, SHAPELESS, Config
 from .identity import declared
 from .probe import OUTSIDE, Site, sites
 from .roles import AT_BASE, numbers
@@ -43,7 +43,7 @@ from .roles import AT_BASE, numbers
 TOLERANCE = 0.25  # of a slope: half of 1/2, which is the least that a wrong power of the width moves a slope by
 NONE = "-"  # in a frame's texts; an empty text would come back from a CSV file as NaN
 UNKNOWN = "unknown"  # the kind of a weight of which nobody has said it
-AXES = ("width", "depth", "granularity", "expert_ratio")  # sizes for which exponents are predicted, alone or together
+AXES = ("width", "depth", "granularity", "expert_ratio", "n_experts")  # for which exponents are predicted, alone or together
 LOSS_WEIGHTS = ("balance_weight", "z_weight")  # they turn a gradient, and Adam takes steps of one size in any direction
 KINDS = {  # of Tensor Programs V, Table 3: which axes grow with the width
     "input": "its fan_in is fixed, so no sum gets longer",
@@ -116,19 +116,21 @@ def kind(shape: Sequence[int], base: Sequence[int], axes: Sequence[int]) -> str:
     return {(True, True): "hidden", (True, False): "output", (False, True): "input", (False, False): "fixed"}[summed, bool(out)]
 
 
-def kinds(config: Config) -> dict[str, str]:
-    """name -> kind, for each of the model's parameters, from comparing their shapes with those at twice the width."""
-    wider = declared(replace(config, width=2 * config.width))
+def kinds(config: Config, axis: str = "width") -> dict[str, str]:
+    """name -> kind, for each of the model's parameters, from comparing their shapes with those at twice the width, or at twice
+    the size of the experts (`expert_ratio`). No other axis makes a sum longer."""
+    axis = axis if axis == "expert_ratio" else "width"
+    wider = declared(replace(config, **{axis: 2 * getattr(config, axis)}))
     return {
         name: kind(param.shape, wider[name].shape, [axis % param.ndim for axis in param.role.fan_in_axes])
         for name, param in declared(config).items()
     }
 
 
-def site_labels(config: Config) -> dict[tuple[int, str], dict]:
-    """(layer, name) -> what later rooms need to know of a site: the role whose row of the table serves it, its kind, its
-    source and degree, the mixture that it is a part of, and its place in the forward pass."""
-    kind_of, table = kinds(config), config.parametrization
+def site_labels(config: Config, axis: str = "width") -> dict[tuple[int, str], dict]:
+    """(layer, name) -> what later rooms need to know of a site: the role whose row of the table serves it, its kind where this
+    axis grows, its source and degree, the mixture that it is a part of, and its place in the forward pass."""
+    kind_of, table = kinds(config, axis), config.parametrization
     mixtures = {(site.layer, part): site.name for site in sites(config) if site.made_by == "mixture" for part in site.made_of}
     return {
         (site.layer, site.name): {
@@ -164,20 +166,27 @@ def predicted_exponents(config: Config, axis: str = "width", learned: bool = Fal
     weights passes through the initial outer weights, and goes like the output at init. Of the router's nothing is
     predicted: only bounds are known of how its shares move together.
 
-    Raises ValueError for another axis. Number of experts and of active ones, batch size: which tokens an expert gets, and
-    how large its gate is, follows no power there.
+    In the number of experts (`n_experts`) the active ones grow with it, so that each expert serves the same share of the
+    tokens. The same is then true as for the granularity, but each expert keeps its size. A sigmoid gate does not shrink with
+    the number of gates: there a table must divide the sum itself (`dmft`, its row `routed`).
+
+    Raises ValueError for another axis. Number of experts alone or of active ones alone, batch size: which tokens an expert
+    gets, and how large its gate is, follows no power there.
     """
     require(axis in AXES, "axis", axis, f"must be one of {', '.join(AXES)}")
-    bases = {"base_depth": config.base_size("depth")}
+    bases = {f"base_{name}": config.base_size(name) for name in SHAPELESS}
     sizes = (1, 2) if axis == "granularity" else (getattr(config, axis), 2 * getattr(config, axis))
-    small, large = (replace(config, **{axis: size} | (bases if axis == "depth" else {})) for size in sizes)
+    active = [config.top_k * size // sizes[0] if axis == "n_experts" else config.top_k for size in sizes]
+    small, large = (replace(config, **bases | {"top_k": k, axis: size}) for k, size in zip(active, sizes, strict=True))
     return exponents_between(small, large, axis, learned)
 
 
 def exponents_between(small: Config, large: Config, axis: str, learned: bool = False) -> dict[tuple[str, str], float]:
     """The same between two configs, in which `axis`, and perhaps others of AXES with it, have grown by powers of one ratio:
     that of `axis`. Empty where a size has grown of which there is no theory, or their tables differ."""
-    free = (*AXES, *(f"base_{name}" for name in BASED), *LOSS_WEIGHTS, "seed")
+    if small.top_k * large.n_experts != large.top_k * small.n_experts:
+        return {}
+    free = (*AXES, "top_k", *(f"base_{name}" for name in BASED), *LOSS_WEIGHTS, "seed")
     neutral = {name: getattr(small, name) for name in free}
     if replace(large, **neutral) != small:
         return {}
@@ -187,7 +196,7 @@ def exponents_between(small: Config, large: Config, axis: str, learned: bool = F
 def predictions(config: Config, axis: str = "width") -> pd.DataFrame:
     """The same as `predicted_exponents` as a frame: one row per site and of init, update and allocation, in the order of the
     forward pass, with columns tensor, quantity, predicted (NaN where nothing is) and what the site is."""
-    found, about = predicted_exponents(config, axis), site_labels(config)
+    found, about = predicted_exponents(config, axis), site_labels(config, axis)
     rows = [
         {"tensor": site.name, "quantity": quantity, "predicted": found.get((site.name, quantity), math.nan)}
         | about[site.layer, site.name]
@@ -214,7 +223,8 @@ class _Growths:
     def __init__(self, small: Config, large: Config, axis: str, learned: bool):
         self.ratio, self.learned = getattr(large, axis) / getattr(small, axis), learned
         self.sites = _one_layer(small)
-        self.depth, self.granularity = (self._log(getattr(large, n), getattr(small, n)) for n in ("depth", "granularity"))
+        self.depth, self.active = (self._log(getattr(large, n), getattr(small, n)) for n in ("depth", "active_experts"))
+        self.gate = 0.0 if small.gates == "sigmoid" else -self.active  # of an active expert: the others' sum is a constant share
         self.mixed = {a.name: self._log(b.mixed, a.mixed) for a, b in zip(self.sites, _one_layer(large), strict=True)}
         self.weights = dict(self._weights(small, large))
         self.found: dict[str, Growth] = {}
@@ -242,8 +252,8 @@ class _Growths:
             return Growth(max(law.init for law in laws), max(law.update for law in laws))
         if site.made_by == "product":
             return Growth(sum(init for _, init in parts), math.nan)
-        if site.made_by == "mixture":  # K independent outputs, each with a gate like 1 / G
-            return Growth(parts[-1][1] - self.granularity / 2, math.nan)
+        if site.made_by == "mixture":  # K independent outputs, each with its gate
+            return Growth(parts[-1][1] + self.gate + self.active / 2, math.nan)
         layers = {other.name: 0.0 if other.layer == OUTSIDE else self.depth / 2 for other in self.sites}  # independent ones
         return Growth(max((init + layers[name] for name, init in parts if not math.isnan(init)), default=math.nan), math.nan)
 
@@ -266,13 +276,13 @@ class _Growths:
                 stream = behind - size if steady else math.nan
                 signals |= dict.fromkeys((site.name, *site.made_of), stream)
             elif site.made_by == "mixture":
-                signals[site.made_of[-1]] = signals[site.name] - self.granularity  # the gate
+                signals[site.made_of[-1]] = signals[site.name] + self.gate
             elif site.made_by == "product":
                 signals[site.name] = self._of_shares(site, signals)
                 for name, other in (site.made_of, reversed(site.made_of)):
                     signals[name] = signals[site.name] + self.found[other].init
             elif site.mixes:
-                signals[site.name] = math.nan if self.granularity else self._of_shares(site, signals)
+                signals[site.name] = math.nan if self.active else self._of_shares(site, signals)
             if site.source:
                 passed = max(self._through(name) for name in site.parameters)
                 slope = (site.degree - 1) * self.found[site.source].init  # of a product of two in its other factor

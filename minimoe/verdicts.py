@@ -47,8 +47,9 @@ def exponents(
     seeds. What is said of the site itself (role, kind, source, degree, mixture, place) comes last.
 
     Where the depth grows, layers are compared as "first", "last" and "sum" (see `layers_compared`), and muP's question is
-    put to the sum of the allocations. (Over granularities, one expert's update or init may well shrink or explode in a layer
-    that is as it should be: what counts is the mixture's init, and the allocations.)
+    put to the sum of the allocations. Where the number of experts grows, it is put to the allocations alone; where their size
+    grows, to the weights alone. (Over granularities, one expert's update or init may well shrink or explode in a layer that is
+    as it should be: what counts is the mixture's init, and the allocations.)
 
     Raises ValueError for an empty frame, one size, two sizes that do not grow together, or a step that the frame does not
     have.
@@ -120,6 +121,10 @@ class _Judgement:
     def _is_judged(self, layer: int | str, quantity: str, group: pd.DataFrame) -> bool:
         """Whether muP asks something of this quantity of this site."""
         if self.deep and (quantity != "allocation" or layer not in ("sum", OUTSIDE)):
+            return False
+        if self.axis == "n_experts" and quantity != "allocation":
+            return False
+        if self.axis == "expert_ratio" and group.role.iloc[-1] == NONE:
             return False
         return quantity in JUDGED and (group.role.iloc[-1] != NONE or not group.predicted.isna().all())
 

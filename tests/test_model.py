@@ -338,9 +338,7 @@ def test_every_bad_config_is_refused_early_by_name(fields, message):
         Config(**fields)
 
 
-@pytest.mark.parametrize(
-    "fields", [{"width": 64.0}, {"width": "64"}, {"depth": True}, {"gates": 1}, {"balance_weight": "x"}]
-)
+@pytest.mark.parametrize("fields", [{"width": 64.0}, {"width": "64"}, {"depth": True}, {"gates": 1}, {"balance_weight": "x"}])
 def test_wrong_types_are_refused(fields):
     with pytest.raises(TypeError, match=next(iter(fields))):
         Config(**fields)
