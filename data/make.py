@@ -34,6 +34,7 @@ from minimoe import (
 )
 from minimoe.arms import ARMS, EXPERT_ARMS
 from minimoe.learning import books
+from minimoe.linearisation import linearisation as distances
 from minimoe.parametrization import width as width_ratio
 from minimoe.tables import READINGS, ROUTER_RULES, WIDTH_TABLES
 from minimoe.verdicts import layers_compared
@@ -222,8 +223,7 @@ def expert_size() -> None:
 def width_depth() -> None:
     """Width and depth together, four times as much of both: under mup, which has no rule for the depth, and under completep."""
     path, store = {"width": (128, 64, 32), "depth": (8, 4, 2)}, SWEEPS / "width_depth.jsonl"
-    lrs = DEPTH_HALVES
-    sweep(None, ("mup", "completep"), lrs, SEEDS, STEPS, options=OPTIONS, store=store, path=path, base_depth=2)
+    sweep(None, ("mup", "completep"), DEPTH_HALVES, SEEDS, STEPS, options=OPTIONS, store=store, path=path, base_depth=2)
 
 
 def tiny(name: str, **changes) -> Plan:
@@ -270,7 +270,7 @@ AXES = {  # what grows in a check, each by powers of two
 }
 FURTHER = {  # tables that are checked along one axis alone
     "depth": [(READINGS["depth-mup, router without depth"], {})],
-    "expert_ratio": [(READINGS["dmft, fan_in init"], SIGMOID)],
+    "expert_ratio": [(READINGS["dmft, fan_in init"], SIGMOID | {"routing": "frozen"})],  # free, tokens change experts: no closure
 }
 
 
@@ -301,15 +301,22 @@ def add_check(axis: str, table, fields: dict) -> None:
         "verdict",
         "closure",
     ]
-    table = exponents(frame)[[*columns, "role", "kind"]].assign(diagnosis=diagnosis(exponents(frame), axis)[name])
+    found_out = exponents(frame)
     last = frame[(frame.step == frame.step.max()) | (frame.quantity == "init")]
     labels = ["parametrization", "layer", "tensor", "quantity", axis]
     values = layers_compared(last).groupby(labels, sort=False).value.agg(["mean", "sem"]).reset_index()
     values = values.rename(columns={axis: "size"})
-    for path, rows in ((found, table), (seen, values)):
-        rows.insert(0, "axis", axis)
-        rows.to_csv(path, mode="a", header=not path.exists(), index=False, float_format="%.4g")
-    print(f"{axis}, {name}: {table.diagnosis[0]}", flush=True)
+    for path, rows in ((found, found_out[[*columns, "role", "kind"]]), (seen, values)):
+        rows.assign(axis=axis).to_csv(path, mode="a", header=not path.exists(), index=False, float_format="%.4g")
+    print(f"{axis}, {name}: {diagnosis(found_out, axis)[name]}", flush=True)
+
+
+def linearisation() -> None:
+    """How far a residual block is from linear in its own weights, over 2 to 512 blocks."""
+    path = SWEEPS.parent / "linearisation.csv"
+    if not path.exists():
+        measured = distances(depths=[2**power for power in range(1, 10)])
+        measured.to_csv(path, index=False, float_format="%.4g")
 
 
 def mutants() -> None:
@@ -369,8 +376,21 @@ def costs(store: Path) -> str:
     return f", {len(rows)} rows, {len(runs)} runs, {runs.seconds.sum() / 3600:.1f} core-hours"
 
 
-SWEPT = (transfer, router_rules, expert_count, balance, granularity, router_cells, depth, bias_rate, share, expert_size, width_depth, share_batch)
-MADE = {made.__name__: made for made in (coordinates, axes, mutants, *SWEPT, learning, adopted)}
+SWEPT = (
+    transfer,
+    router_rules,
+    expert_count,
+    balance,
+    granularity,
+    router_cells,
+    depth,
+    bias_rate,
+    share,
+    expert_size,
+    width_depth,
+    share_batch,
+)
+MADE = {made.__name__: made for made in (coordinates, axes, linearisation, mutants, *SWEPT, learning, adopted)}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or MADE:
