@@ -34,7 +34,7 @@ from minimoe import (
 )
 from minimoe.arms import ARMS, EXPERT_ARMS
 from minimoe.learning import books
-from minimoe.linearisation import linearisation as distances
+from minimoe.linearisations import linearisation as distances
 from minimoe.parametrization import width as width_ratio
 from minimoe.tables import READINGS, ROUTER_RULES, WIDTH_TABLES
 from minimoe.verdicts import layers_compared
@@ -46,7 +46,7 @@ LEARNING_STEPS = range(10, STEPS + 1, 10)
 OPTIONS = TrainOptions(evals=10)
 WHOLE = [2.0**octave for octave in range(-7, -2)]
 HALVES = [2.0 ** (half / 2) for half in range(-12, -5)]
-DEPTH_HALVES = [2.0 ** (half / 2) for half in range(-13, -6)]
+DEPTH_HALVES = [2.0 ** (half / 2) for half in range(-13, -5)]
 EXPERT_HALVES = [*HALVES, 2.0**-2.5]  # a single seed's optimum is at 2^-3.5 here and there
 ARMS_OF_FIVE_SIZES = (
     "authors",

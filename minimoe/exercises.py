@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import Config
-from .mutations import mystery
+from .mutations import deep_mystery, mystery
 from .parametrization import CELLS, Monomial, Parametrization, as_monomial
 from .tables import PARAMETRIZATIONS
 from .theory import predicted_exponents
@@ -145,6 +145,22 @@ def check_mended(table: Parametrization, number: int) -> str:
         require(len(changed) == 1, f"one cell is wrong; yours changes {len(changed)}")
         raise Wrong("; ".join(_unlike_mup(table)) or "this cell is not as muP writes it")
     return f"Right: {changed[0][0]}.{changed[0][1]}."
+
+
+def check_deep_mended(table: Parametrization) -> str:
+    """Is this `deep_mystery()` with its one wrong cell mended, and nothing else changed?"""
+    require(isinstance(table, Parametrization), "give a table, as `deep_mystery().replace(...)` returns it")
+    broken, right = deep_mystery(), PARAMETRIZATIONS["depth-mup"]
+    cells = [(role, cell) for role in table.roles for cell in CELLS]
+    changed = [key for key in cells if getattr(table[key[0]], key[1]) != getattr(broken[key[0]], key[1])]
+    require(bool(changed), "this is the mystery as it was: change the wrong cell")
+    require(len(changed) == 1, f"one cell is wrong; yours changes {len(changed)}")
+    ((role, cell),) = changed
+    wanted = getattr(right[role], cell)
+    said = f"{role}.{cell} is {getattr(table[role], cell)} in yours"
+    require(wanted != getattr(broken[role], cell), f"{said}: this cell was right")
+    require(table.same_rules(right), f"{said}: the right cell, with another power of the depth than the other weights of a block")
+    return f"Right: {role}.{cell} = {wanted}."
 
 
 def _unlike_mup(table: Parametrization) -> list[str]:

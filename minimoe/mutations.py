@@ -10,8 +10,8 @@ import torch
 
 from .config import Config
 from .identity import declared
-from .parametrization import FORWARD_CELLS, Parametrization, fan_in, width
-from .tables import parametrization
+from .parametrization import FORWARD_CELLS, SCALES, Parametrization, fan_in, width
+from .tables import READINGS, parametrization
 from .theory import Growth, kinds
 from .verdicts import BROKEN
 
@@ -24,7 +24,7 @@ def mutants(table: str | Parametrization = "mup") -> Iterator[tuple[str, str, fl
     """
     table = parametrization(table)
     for role in table.roles:
-        for cell in (*FORWARD_CELLS, "lr"):
+        for cell in ("multiplier",) if role in SCALES else (*FORWARD_CELLS, "lr"):
             for sign in (1, -1):
                 power = sign * (1.0 if cell == "init_var" else 0.5)
                 yield role, cell, power, _mutant(table, role, cell, power)
@@ -65,3 +65,8 @@ def mystery(number: int) -> Parametrization:
                 condemned.append(_mutant(table, role, cell, power))
     order = torch.randperm(len(condemned), generator=torch.Generator().manual_seed(2203)).tolist()
     return replace(condemned[order[number % len(order)]], name=f"mystery {number}")
+
+
+def deep_mystery() -> Parametrization:
+    """depth-mup with one wrong cell; which, is for the reader to find."""
+    return replace(READINGS["depth-mup, router without depth"], name="deep mystery")

@@ -206,7 +206,7 @@ class Branched(Block):
 
 
 def test_a_folded_multiplier_is_the_papers_training():
-    """Branches times 1/L and the routed sum over k, outside and folded into the last weights: equal to rounding, over 20 steps."""
+    """Branches times 1/L and the routed sum over k, outside and folded into the last weights: equal to rounding in 20 steps."""
     rules = dict(MUP.rules) | {"residual": Rule(multiplier=1 / depth), "routed": Rule(multiplier=1 / top_k)}
     fields = {"width": 64, "depth": 4, "base_depth": 2, "top_k": 4, "base_top_k": 1, "gates": "sigmoid", "context": 16}
     folded = MiniMoE(Config(Parametrization("folded", rules), **fields)).double()
