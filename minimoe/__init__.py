@@ -12,7 +12,7 @@ _HOMES = {
     "adopted_sweeps": ("adopted_sweep", "read_adopted"),
     "allocation_figures": ("allocation_map", "learning_shares", "promise_and_fall"),
     "allocations": ("Ledger", "allocation"),
-    "arms": ("ARMS", "EXPERT_ARMS", "labelled"),
+    "arms": ("ARMS", "EXPERT_ARMS", "SHARE_ARMS", "labelled"),
     "causal": ("growing",),
     "config": ("Config",),
     "coordinate_figures": ("coordinate_curves", "exponents_chart", "router_rules", "tensor_curves"),

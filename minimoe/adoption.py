@@ -105,8 +105,13 @@ class Plan:
 
     def factors(self, table: str | Parametrization) -> dict[str, Factors]:
         """Parameter's name -> what the table makes of its numbers. Raises Refused where the table has no rule for a tied weight,
-        or a multiplier is 0."""
+        a multiplier is 0, or a cell follows another size than the width."""
         table = parametrization(table)
+        others = {name for rule in dict(table.rules).values() for name in rule.ratios} - {"fan_in", "width", *AT_BASE}
+        if others:
+            raise Refused(
+                [f"{table.name} has cells in {', '.join(sorted(others))}: a plan knows how the width grows, and no other size"]
+            )
         found = {own.name: self._factors(own, table) for own in self.parameters}
         for name in self.readout_norm:
             found[name] = found[name].times(self.readout_factor(table))

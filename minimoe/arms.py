@@ -1,4 +1,4 @@
-"""The arms of the two ablations as data: each is a table and some fields of Config.
+"""The arms of the ablations as data: each is a table and some fields of Config.
 
 Granularity (`ARMS`). The published code differs from a muP purist's in five places, and each can be crossed on its own:
 
@@ -14,6 +14,9 @@ With base_granularity=1 and top_k=2 all arms with one kind of gates and router a
 Number of experts (`EXPERT_ARMS`): muP and SimpleP, gates raw and renormalised, two active experts or a quarter of all.
 Two interventions on the balance, under muP at k = 2: tokens that go round the experts in turn, whatever the router says
 ("forced balance"), and other weights of the balance loss than the default 0.01.
+
+Share of active experts (`SHARE_ARMS`): dmft at a fixed share and at other shares; muP with gates that sum to 1, at other shares
+through the number of active experts, and through the number of experts.
 """
 
 from __future__ import annotations
@@ -127,6 +130,15 @@ EXPERT_ARMS: dict[str, Arm] = (
     | {f"mup, {gates}, k=2, forced balance": _expert_arm("mup", gates, _two, forced=True) for gates in GATES}
     | {f"mup, raw, k=2, balance {weight:g}": _expert_arm("mup", "raw", _two, balance=weight) for weight in (0, 0.1, 1)}
 )
+
+
+_SUM_TO_1 = {"gates": GATES["renormalised"], "forced_balance": False, "balance_weight": 0.01}
+SHARE_ARMS: dict[str, Arm] = {
+    "dmft, k=E/4": Arm(PARAMETRIZATIONS["dmft"], {"top_k": _quarter}),
+    "dmft, k=2": Arm(PARAMETRIZATIONS["dmft"], {"top_k": _two}),
+    "mup, E=32, other k": Arm(PARAMETRIZATIONS["mup"], {"n_experts": 32, **_SUM_TO_1}),
+    "mup, k=2, other E": Arm(PARAMETRIZATIONS["mup"], {"top_k": _two, **_SUM_TO_1}),
+}
 
 
 def labelled(frame: pd.DataFrame, arms: dict[str, Arm] = ARMS) -> pd.DataFrame:

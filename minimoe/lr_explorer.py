@@ -21,7 +21,7 @@ from .explorer import Drawn, html_table
 from .figures import lr_curves, styles, table_styles
 from .transfer import losses_at, mean_losses, regrets
 
-PLURALS = {"width": "widths", "n_experts": "experts", "granularity": "granularities"}
+PLURALS = {"width": "widths", "n_experts": "experts", "granularity": "granularities", "depth": "depths"}
 END = "the end"  # in place of a step, where runs differ in length
 AT_FIRST = 3  # tables shown before the reader has chosen
 MY_LR = -6.0  # log2 of the LR that is marked at first

@@ -71,9 +71,10 @@ def digests(page: str, tag: str) -> list[str]:
 
 
 def course_datasets(sweeps: Path) -> dict[str, dict]:
-    """The shipped sweeps of the course, reduced to what the explorer shows: over width, number of experts, granularity.
+    """The shipped sweeps of the course, reduced to what the explorer shows: over width, experts, granularity and depth.
 
-    sweeps: the folder data/sweeps. Arms are those with three seeds at width 64, at the length that notebooks 06 and 07 compare.
+    sweeps: the folder data/sweeps. Arms are those with three seeds at width 64, at the length that notebooks 06 and 07 compare;
+    of the depth it is all tables, at the longer of the two lengths.
     """
     widths = pd.concat([read_sweep(sweeps / f"{name}.jsonl") for name in ("transfer", "router_rules")], ignore_index=True)
     found = {"width": explorer_data(widths)}
@@ -89,4 +90,5 @@ def course_datasets(sweeps: Path) -> dict[str, dict]:
         data = explorer_data(rows, by, "arms")
         data["start"]["tables"] = COMPARED[by]
         found[{"n_experts": "number of experts"}.get(by, by)] = data
-    return found
+    depths = read_sweep(sweeps / "depth.jsonl")
+    return found | {"depth": explorer_data(depths[depths.steps == depths.steps.max()], "depth")}

@@ -31,7 +31,8 @@ def configs(**fields):
 
 LRS = [2**-6, 2**-7, 2**-5, 2**-6]
 SHAPES = [{}, {"granularity": 4, "gates": "renormalized"}, {"activation": "swiglu"}, {"activation": "gelu", "z_weight": 0.1},
-          {"n_experts": 1, "top_k": 1}, {"forced_balance": True}]  # fmt: skip
+          {"n_experts": 1, "top_k": 1}, {"forced_balance": True},
+          {"gates": "sigmoid", "bias_rate": 0.1}, {"gains": True}]  # fmt: skip
 
 
 @pytest.fixture

@@ -151,7 +151,8 @@ def test_slots_are_counted_exactly_in_bfloat16():
 @pytest.mark.parametrize(
     "fields",
     [{}, {"granularity": 4, "gates": "renormalized"}, {"activation": "swiglu"}, {"activation": "gelu", "z_weight": 0.1},
-     {"n_experts": 1, "top_k": 1}, {"forced_balance": True}, {"expert_ratio": 1, "granularity": 32}],
+     {"n_experts": 1, "top_k": 1}, {"forced_balance": True}, {"gates": "sigmoid", "bias_rate": 0.1, "gains": True},
+     {"expert_ratio": 1, "granularity": 32}],
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_a_compiled_model_is_the_eager_one(fields, dtype):

@@ -80,7 +80,7 @@ def frame_of(data):
     return pd.DataFrame(rows)
 
 
-@pytest.mark.parametrize("name", ["width", "number of experts", "granularity"])
+@pytest.mark.parametrize("name", ["width", "number of experts", "granularity", "depth"])
 def test_the_page_computes_what_python_computes(browser, datasets, name, tmp_path):
     """Every step, every subset of the seeds, every table and size."""
     data, lrs = datasets[name], [-8.0, -6.25, -5.1, -4.5, -2.0]
@@ -228,6 +228,7 @@ def test_other_axes_and_choices(page, datasets):
         choose(page, name)
         titles = page.locator(".minimoe-lr svg .title").all_text_contents()
         assert titles == datasets[name]["start"]["tables"]
+    choose(page, "granularity")
     page.get_by_label("a panel for each granularity").check()
     assert page.locator(".minimoe-lr svg .title").all_text_contents() == [f"granularity {g}" for g in (1, 2, 4, 8, 16)]
     for name in datasets["granularity"]["start"]["tables"]:

@@ -161,5 +161,5 @@ def test_sizes_that_grow_together_follow_one_law():
 
 
 def test_other_axes_have_no_theory():
-    with pytest.raises(ValueError, match="axis='n_experts': must be one of width, depth, granularity, expert_ratio"):
-        predicted_exponents(Config(), "n_experts")
+    with pytest.raises(ValueError, match="axis='top_k': must be one of width, depth, granularity, expert_ratio, n_experts"):
+        predicted_exponents(Config(), "top_k")

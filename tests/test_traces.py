@@ -60,7 +60,10 @@ def test_the_roles_are_the_same_however_the_experts_are_computed(name, how, dtyp
     assert found["eager", torch.float32] == found[how, dtype]
 
 
-@pytest.mark.parametrize("fields", [{}, {"activation": "swiglu", "gates": "renormalized"}, {"n_experts": 1, "top_k": 1}])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"activation": "swiglu", "gates": "renormalized"}, {"n_experts": 1, "top_k": 1}, {"gates": "sigmoid", "bias_rate": 0.1}],
+)
 def test_minimoe_traced_equals_its_declared_roles(fields):
     models = [MiniMoE(Config(width=width, base_width=32, **fields)) for width in (32, 64)]
     text = torch.randint(96, (2, 48), generator=torch.Generator().manual_seed(0))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from minimoe import ARMS, EXPERT_ARMS, drift_words, labelled, read_adopted, read_sweep, summary, transfer_report
+from minimoe import ARMS, EXPERT_ARMS, SHARE_ARMS, drift_words, labelled, read_adopted, read_sweep, summary, transfer_report
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "findings.md"
@@ -33,9 +33,10 @@ def drift_table(frame: pd.DataFrame, by: str) -> str:
     """Optimum at each size, drift per doubling and in all, regret, best losses and seeds: a row per arm, as markdown."""
     report = transfer_report(frame, by)
     sizes, at = sorted(set(report[by])), {(row.parametrization, getattr(row, by)): row for row in report.itertuples()}
-    letter = {"n_experts": "E", "granularity": "G"}.get(by, by)
-    header = ["arm", *(f"best log2 LR, {letter}={size}" for size in sizes), "drift, octaves", "per doubling", "regret, nats"]
-    rows = [[*header, *(f"best loss, {letter}={size}" for size in sizes), "seeds"]]
+    letter = {"n_experts": "E", "granularity": "G", "depth": "L", "expert_ratio": "M/n"}.get(by, by)
+    sizes_said = [f"{letter}={size:g}" for size in sizes]
+    header = ["arm", *(f"best log2 LR, {size}" for size in sizes_said), "drift, octaves", "per doubling", "regret, nats"]
+    rows = [[*header, *(f"best loss, {size}" for size in sizes_said), "seeds"]]
     for row in summary(report).itertuples():
         own = [at.get((row.parametrization, size)) for size in sizes]
         cells = [measured(found.octave, found.octave_error) if found else "" for found in own]
@@ -109,7 +110,36 @@ def tables() -> dict[str, str]:
     made = {name: drift_table(rows, "n_experts") for name, rows in experts.items()}
     made |= {name: drift_table(rows, "granularity") for name, rows in granularities.items()}
     models = {"adopted models": ADOPTED, "other bases": OTHER_BASES}
+    made |= {name: drift_table(rows, by) for name, (rows, by) in of_depth_and_experts().items()}
     return made | {name: drift_table(adopted(names), "width") for name, names in models.items()}
+
+
+def of_depth_and_experts() -> dict[str, tuple[pd.DataFrame, str]]:
+    """name -> (rows, the size that grows), for the sweeps of notebooks 10 and 11."""
+    depths, share = with_all_seeds(stores("depth"), "depth"), shares("share")
+    larger_batch = shares("share_batch")
+    return {
+        "depth": (depths[depths.steps == 200], "depth"),
+        "depth, half as long": (depths[depths.steps == 100], "depth"),
+        "width and depth": (stores("width_depth"), "width"),
+        "experts under dmft": (share[share.parametrization.str.startswith("dmft")], "n_experts"),
+        "share": (share[~share.parametrization.str.startswith("dmft")], "share"),
+        "share, four times the batch": (larger_batch, "share"),
+        "size of the experts": (stores("expert_size"), "expert_ratio"),
+    }
+
+
+def shares(store: str) -> pd.DataFrame:
+    """The rows of the arms of `SHARE_ARMS` in this store (and, of its batch size, in expert_count), with their active share."""
+    rows = stores(store, "expert_count")
+    rows = rows[(rows.width == 64) & (rows.steps == 200) & (rows.batch_size == rows.batch_size.iloc[0])]
+    rows = labelled(rows, SHARE_ARMS).assign(share=lambda found: found.top_k / found.n_experts)
+    return with_all_seeds(rows[rows.share <= 1 / 2], "share")
+
+
+def with_all_seeds(frame: pd.DataFrame, by: str, seeds: int = 3) -> pd.DataFrame:
+    """The rows of LRs that have been trained with all seeds: screens of one seed are left out."""
+    return frame[frame.groupby(["parametrization", by, "steps", "lr"]).seed.transform("nunique") == seeds]
 
 
 def page(text: str, made: dict[str, str]) -> str:
