@@ -479,7 +479,7 @@ def test_a_table_for_other_sizes_than_the_width_is_an_error(table, sizes):
     """Its residual multipliers would be lost without a word."""
     plan = plan_of("mixtral")
     with pytest.raises(Refused, match=f"{table} has cells in {sizes}: a plan knows how the width grows, and no other size"):
-        plan.param_groups(table, lr=0.01)
+        plan.initialise(table)
 
 
 @pytest.mark.parametrize(
