@@ -17,8 +17,7 @@ ACTIVATIONS = ("relu", "gelu", "swiglu")
 ROLES = ("embedding", "unembedding", "attention", "attention_out", "experts_up", "experts_down", "router")  # of the model
 GATES = ("softmax", "renormalized", "sigmoid")
 BASED = ("width", "depth", "n_experts", "top_k", "granularity", "expert_ratio")  # sizes that have a base value
-
-SHAPELESS = ("depth", "n_experts", "top_k", "expert_ratio")  # of these, those whose base no init std at the base depends on
+SMALLEST_IS_BASE = ("depth", "n_experts", "top_k", "expert_ratio")  # in a check in which they grow, unless a base is given
 
 # Fields that Config has got since the first shipped runs (store format 2), each with the value that changes nothing. A
 # field counts in a run's identity only where it differs from that value: a new feature never makes an old run another one.
@@ -170,7 +169,7 @@ def config_from_dict(data: dict) -> Config:
 @lru_cache(maxsize=4096)  # a sweep's rows share their configs, and checking one takes longer than reading its row
 def _checked_config(text: str) -> Config:
     data = NEUTRAL | json.loads(text)
-    if "renormalize" in data:  # until version 0.5
+    if "renormalize" in data:  # an older version's field, in place of `gates`
         data["gates"] = "renormalized" if data.pop("renormalize") else "softmax"
     if data.pop("balance_times_k", False):  # until version 0.2: a balance loss that counted each token K times
         data["balance_weight"] *= data["top_k"] * data["granularity"]

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from .allocations import Entry, Ledger
 from .checks import require, whole
-from .config import BASED, SHAPELESS, Config
+from .config import BASED, SMALLEST_IS_BASE, Config
 from .corpus import Corpus, load_corpus
 from .grids import Planned, planned_runs
 from .model import MiniMoE
@@ -130,13 +130,13 @@ def _numbered_rows(number: int, job: tuple) -> tuple[int, list[dict]]:
 
 
 def _with_bases(axes: dict, path: dict) -> tuple[dict, dict]:
-    """The axes and the path with widths where neither has them, and with the bases of SHAPELESS sizes that grow."""
+    """The axes and the path with widths where neither has them, and with the bases of SMALLEST_IS_BASE sizes that grow."""
     grown = {name: tuple(values) for name, values in {**axes, **path}.items() if name in SIZES and isinstance(values, Iterable)}
     if axes["width"] is None:
         alone = "width" not in path and not any(len(values) > 1 for values in grown.values())
         axes = {name: value for name, value in axes.items() if name != "width"}
         axes |= {} if "width" in path else {"width": WIDTHS if alone else WIDTHS[:1]}
-    bases = {f"base_{name}": min(grown[name]) for name in SHAPELESS if grown.get(name)}
+    bases = {f"base_{name}": min(grown[name]) for name in SMALLEST_IS_BASE if grown.get(name)}
     return bases | axes, path
 
 

@@ -25,7 +25,7 @@ def linearisation_curves(frame: pd.DataFrame) -> Figure:
         means = own.groupby("depth").distance.agg(["mean", "sem"])
         slope, error = slope_over_depth(own)
         look = {"color": LOOKS[place % len(LOOKS)], "marker": MARKERS[place % len(MARKERS)], "capsize": 3}
-        label = f"{plain(name)}: depth^{slope:+.2f} ± {error:.2f}"
+        label = f"{plain(name)}: depth^{round(slope, 2) + 0.0:+.2f} ± {error:.2f}"
         axes.errorbar(means.index, means["mean"], yerr=means["sem"], label=label, **look)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=10)

@@ -4,7 +4,7 @@ A block adds m W2 gelu(W1 h) to the residual stream, m its multiplier. A trainin
 linear in the steps of W1 and W2, and by the rest. The *distance from the linearisation* is the size of the rest over the size
 of the linear part. It goes like the step of a weight: with 1/sqrt(L) for branches and LRs (depth-mup) it shrinks like 1/sqrt(L),
 and a deep model's blocks only learn as linear models do; with 1/L for branches alone (CompleteP) it does not shrink. This is
-CompleteP's argument for its power (arXiv 2505.01618, section 6 and figure 6), here with a network, data and code of our own.
+CompleteP's argument for its power (arXiv 2505.01618, figure 6), here with a network, data and code of our own.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from collections.abc import Iterable, Sequence
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
+from torch.autograd import forward_ad
+from torch.func import functional_call
 from torch.nn import functional as F
 
+from .checks import positive, require, whole
 from .parametrization import Parametrization
 from .roles import RoleParameter, initialise, param_groups, parameter
 from .tables import parametrization
@@ -72,8 +74,13 @@ def linearisation(
     """Take one AdamW step on random inputs with random classes, and measure each block's distance from its linearisation.
 
     One row per table, depth and seed: `distance` is the mean over the blocks; NaN where the network's loss is no finite number.
-    The first depth is the base. In float64.
+    The first depth is the base. In float64. Raises ValueError for no depths or seeds, or a depth, a width or an LR that is not
+    positive.
     """
+    for name, sizes in (("depths", depths), ("width", (width,))):
+        require(len(sizes) > 0 and all(whole(size, 1) for size in sizes), name, sizes, "must be positive integers")
+    require(len(seeds) > 0, "seeds", seeds, "give at least one")
+    positive("lr", lr)
     rows = []
     for table in map(parametrization, tables):
         for depth in depths:
@@ -104,9 +111,7 @@ def distance(block: nn.Module, before: dict[str, Tensor], h: Tensor) -> Tensor:
     of the rest over that of the linear part."""
     after = dict(block.named_parameters())
     steps = {name: after[name].detach() - weight for name, weight in before.items()}
-
-    def added(weights: dict[str, Tensor]) -> Tensor:
-        return functional_call(block, weights, (h,))
-
-    start, linear = jvp(added, (before,), (steps,))
+    with forward_ad.dual_level():
+        moving = {name: forward_ad.make_dual(weight, steps[name]) for name, weight in before.items()}
+        start, linear = forward_ad.unpack_dual(functional_call(block, moving, (h,)))
     return torch.linalg.vector_norm(block(h) - start - linear) / torch.linalg.vector_norm(linear)

@@ -35,7 +35,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from .checks import require
-from .config import BASED, SHAPELESS, Config
+from .config import BASED, SMALLEST_IS_BASE, Config
 from .identity import declared
 from .probe import OUTSIDE, Site, sites
 from .roles import AT_BASE, numbers
@@ -174,7 +174,7 @@ def predicted_exponents(config: Config, axis: str = "width", learned: bool = Fal
     gets, and how large its gate is, follows no power there.
     """
     require(axis in AXES, "axis", axis, f"must be one of {', '.join(AXES)}")
-    bases = {f"base_{name}": config.base_size(name) for name in SHAPELESS}
+    bases = {f"base_{name}": config.base_size(name) for name in SMALLEST_IS_BASE}
     sizes = (1, 2) if axis == "granularity" else (getattr(config, axis), 2 * getattr(config, axis))
     active = [config.top_k * size // sizes[0] if axis == "n_experts" else config.top_k for size in sizes]
     small, large = (replace(config, **bases | {"top_k": k, axis: size}) for k, size in zip(active, sizes, strict=True))

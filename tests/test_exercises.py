@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from minimoe import PARAMETRIZATIONS, Config, MiniMoE, adopt, fan_in, mystery, read_sweep, shipped, width
+from minimoe import PARAMETRIZATIONS, Config, MiniMoE, adopt, deep_mystery, depth, fan_in, mystery, read_sweep, shipped, width
 from minimoe.exercises import (
     Wrong,
     check_allocation,
     check_budget,
     check_coordinates,
+    check_deep_mended,
     check_gates,
     check_mended,
     check_missed,
@@ -149,6 +150,23 @@ def test_mended_mysteries(number):
         check_mended(broken.replace(wrong[0], **{wrong[1]: right * width**3}), number)
     with pytest.raises(Wrong, match="one cell is wrong; yours changes 2"):
         check_mended(broken.replace(wrong[0], **{wrong[1]: right}).replace("router", eps=fan_in), number)
+
+
+def test_the_deep_mystery():
+    broken = deep_mystery()
+    assert check_deep_mended(broken.replace("router", lr=1 / depth**0.5)) == "Right: router.lr = 1/depth^0.5."
+    for table, said in (
+        (..., r"give a table, as `deep_mystery\(\)\.replace"),
+        (broken, "as it was"),
+        (
+            broken.replace("router", lr=1 / depth),
+            r"router.lr is 1/depth in yours: the right cell, with another power of the depth",
+        ),
+        (broken.replace("attention", lr=1), "attention.lr is 1 in yours: this cell was right"),
+        (broken.replace("router", lr=1 / depth**0.5, eps=1), "one cell is wrong; yours changes 2"),
+    ):
+        with pytest.raises(Wrong, match=said):
+            check_deep_mended(table)
 
 
 def test_mended_wants_a_table():

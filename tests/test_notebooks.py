@@ -111,6 +111,8 @@ SP_ROUTER = "router=Rule(init_var=1 / fan_in, multiplier=1, lr=1),"  # and Simpl
 MUP_HEAD = "unembedding=Rule(init_var=1, multiplier=1 / fan_in, lr=1),"  # and SimpleP's
 SP_HIDDEN = "hidden=Rule(init_var=1 / fan_in, multiplier=1, lr=1),"
 AUTHORS_DOWN = 'cells = {"init_var": 1 / DOWN[down], "lr": 1 / DOWN[down], "multiplier": ROUTES[route]}'
+BRANCHES = '"residual": Rule(multiplier=depth**-alpha),'
+ROUTED = '"routed": Rule(multiplier=1 / (top_k * granularity)),'
 TABLES, ARMS = "tables.py", "arms.py"
 SABOTAGE = {
     "le": (TABLES, SP_ROUTER, SP_ROUTER.replace("lr=1", "lr=1 / fan_in")),  # the lecture
@@ -123,6 +125,8 @@ SABOTAGE = {
     "06": (TABLES, MUP_ROUTER, MUP_ROUTER.replace("multiplier=1 / fan_in", "multiplier=1")),
     "08": (TABLES, MUP_HEAD, MUP_HEAD.replace("multiplier=1 / fan_in", "multiplier=1")),
     "09": (TABLES, MUP_ROUTER, MUP_ROUTER.replace("lr=1", "lr=fan_in")),
+    "10": (TABLES, BRANCHES, BRANCHES.replace("depth**-alpha", "1")),
+    "11": (TABLES, ROUTED, ROUTED.replace("1 / (top_k * granularity)", "1")),
     "07": (ARMS, AUTHORS_DOWN, AUTHORS_DOWN.replace('"lr": 1 / DOWN[down]', '"lr": 1')),
 }
 
