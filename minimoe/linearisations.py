@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch.autograd.functional import jvp
 from torch.func import functional_call
 from torch.nn import functional as F
 
@@ -110,8 +110,10 @@ def distance(block: nn.Module, before: dict[str, Tensor], h: Tensor) -> Tensor:
     """(): how far the block's change on the stream h (N, D) is from linear in the steps of its weights since `before`: the norm
     of the rest over that of the linear part."""
     after = dict(block.named_parameters())
-    steps = {name: after[name].detach() - weight for name, weight in before.items()}
-    with forward_ad.dual_level():
-        moving = {name: forward_ad.make_dual(weight, steps[name]) for name, weight in before.items()}
-        start, linear = forward_ad.unpack_dual(functional_call(block, moving, (h,)))
+    steps = tuple(after[name].detach() - weight for name, weight in before.items())
+
+    def added(*weights: Tensor) -> Tensor:
+        return functional_call(block, dict(zip(before, weights, strict=True)), (h,))
+
+    start, linear = jvp(added, tuple(before.values()), steps)
     return torch.linalg.vector_norm(block(h) - start - linear) / torch.linalg.vector_norm(linear)
