@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from minimoe import ARMS, EXPERT_ARMS, SHARE_ARMS, drift_words, labelled, read_adopted, read_sweep, summary, transfer_report
+from minimoe import ARMS, EXPERT_ARMS, drift_words, labelled, read_adopted, read_sweep, summary, transfer_report
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "findings.md"
 SWEEPS = ROOT / "data" / "sweeps"
 ADOPTED = {"Mixtral": "adopted_mixtral", "OLMoE": "adopted_olmoe"}
 OTHER_BASES = {"Mixtral of std 0.1": "adopted_mixtral_init", "Mixtral": "adopted_mixtral_tuned"}
+DEPTHS = {"depth": 200, "depth, half as long": 100}  # steps
 ADOPTED_BASE = 64  # their base width
 SCREENED = [name for name in EXPERT_ARMS if ", balance " not in name]
 
@@ -110,31 +111,9 @@ def tables() -> dict[str, str]:
     made = {name: drift_table(rows, "n_experts") for name, rows in experts.items()}
     made |= {name: drift_table(rows, "granularity") for name, rows in granularities.items()}
     models = {"adopted models": ADOPTED, "other bases": OTHER_BASES}
-    made |= {name: drift_table(rows, by) for name, (rows, by) in of_depth_and_experts().items()}
+    depths = with_all_seeds(stores("depth"), "depth")
+    made |= {name: drift_table(depths[depths.steps == steps], "depth") for name, steps in DEPTHS.items()}
     return made | {name: drift_table(adopted(names), "width") for name, names in models.items()}
-
-
-def of_depth_and_experts() -> dict[str, tuple[pd.DataFrame, str]]:
-    """name -> (rows, the size that grows), for the sweeps of notebooks 10 and 11."""
-    depths, share = with_all_seeds(stores("depth"), "depth"), shares("share")
-    larger_batch = shares("share_batch")
-    return {
-        "depth": (depths[depths.steps == 200], "depth"),
-        "depth, half as long": (depths[depths.steps == 100], "depth"),
-        "width and depth": (stores("width_depth"), "width"),
-        "experts under dmft": (share[share.parametrization.str.startswith("dmft")], "n_experts"),
-        "share": (share[~share.parametrization.str.startswith("dmft")], "share"),
-        "share, four times the batch": (larger_batch, "share"),
-        "size of the experts": (stores("expert_size"), "expert_ratio"),
-    }
-
-
-def shares(store: str) -> pd.DataFrame:
-    """The rows of the arms of `SHARE_ARMS` in this store (and, of its batch size, in expert_count), with their active share."""
-    rows = stores(store, "expert_count")
-    rows = rows[(rows.width == 64) & (rows.steps == 200) & (rows.batch_size == rows.batch_size.iloc[0])]
-    rows = labelled(rows, SHARE_ARMS).assign(share=lambda found: found.top_k / found.n_experts)
-    return with_all_seeds(rows[rows.share <= 1 / 2], "share")
 
 
 def with_all_seeds(frame: pd.DataFrame, by: str, seeds: int = 3) -> pd.DataFrame:
