@@ -1,9 +1,10 @@
 """The arms of the ablations: what each changes, and what is one run under all."""
 
+import pandas as pd
 import pytest
 
 from minimoe import Config, TrainOptions
-from minimoe.arms import ARMS, EXPERT_ARMS, arm, labelled
+from minimoe.arms import ARMS, EXPERT_ARMS, SHARE_ARMS, arm, labelled
 from minimoe.identity import run_key, tensor_numbers
 from minimoe.sweeps import sweep
 from minimoe.theory import predicted_exponents
@@ -130,3 +131,22 @@ def test_interventions_on_the_balance_change_the_balance_alone():
 def test_unknown_choices_are_refused(choice, message):
     with pytest.raises(ValueError, match=message):
         arm(**choice)
+
+
+def test_arms_of_the_share_meet_in_one_run():
+    """32 experts, two of them active: an end of both of muP's arms; and eight experts under dmft."""
+    rows = [
+        {"parametrization": table, "n_experts": E, "top_k": k, "gates": gates, "forced_balance": False, "balance_weight": 0.01}
+        for table, gates, E, k in (
+            ("mup", "renormalized", 32, 2), ("mup", "renormalized", 32, 8), ("mup", "renormalized", 8, 2),
+            ("mup", "softmax", 8, 2), ("dmft", "sigmoid", 8, 2), ("dmft", "sigmoid", 16, 4), ("dmft", "sigmoid", 16, 2),
+        )
+    ]  # fmt: skip
+    found = labelled(pd.DataFrame(rows), SHARE_ARMS)
+    sizes = {name: list(zip(own.n_experts, own.top_k, strict=True)) for name, own in found.groupby("parametrization")}
+    assert sizes == {
+        "dmft, k=E/4": [(8, 2), (16, 4)],
+        "dmft, k=2": [(8, 2), (16, 2)],
+        "mup, E=32, other k": [(32, 2), (32, 8)],
+        "mup, k=2, other E": [(32, 2), (8, 2)],
+    }

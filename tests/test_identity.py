@@ -81,6 +81,15 @@ def test_a_line_from_before_balance_times_k_was_dropped():
     assert config_from_dict(data | {"balance_times_k": False}) == Config(width=64, granularity=4)
 
 
+@pytest.mark.parametrize(("renormalize", "gates"), [(False, "softmax"), (True, "renormalized")])
+def test_a_line_from_before_the_gates_had_one_field(renormalize, gates):
+    data = config_to_dict(Config(width=64, gates=gates))
+    del data["gates"], data["bias_rate"], data["gains"], data["base_expert_ratio"]
+    older = config_from_dict(data | {"renormalize": renormalize})
+    assert older == Config(width=64, gates=gates)
+    assert run_key(older, **USUAL) == run_key(Config(width=64, gates=gates), **USUAL)
+
+
 @pytest.mark.parametrize("row", [{"lr": 1 / batch**0.5}, {"eps": duration}, {"one_minus_beta": batch}])
 def test_cells_of_the_training_count_where_they_are_not_1(row):
     table = PARAMETRIZATIONS["mup"].replace("router", **row)
