@@ -31,8 +31,6 @@ def table(name: str, *, embedding: Rule, unembedding: Rule, hidden: Rule, router
     )
 
 
-WIDTH_TABLES = ("sp", "simplep", "mup")  # of arXiv 2508.09752: all else is fixed while the width grows
-
 # arXiv 2508.09752, the table of SimpleP | muP. For a MoE the experts are hidden weights ("scalable to scalable"); the two
 # differ in the router alone, which muP treats as an output weight ("scalable to fixed") and SimpleP leaves as in SP.
 PARAMETRIZATIONS: dict[str, Parametrization] = {
@@ -61,6 +59,8 @@ PARAMETRIZATIONS: dict[str, Parametrization] = {
         ),
     )
 }
+
+WIDTH_TABLES = tuple(PARAMETRIZATIONS)  # of arXiv 2508.09752: all else is fixed while the width grows
 
 
 def completep(name: str, alpha: float, router: Rule | None = None) -> Parametrization:

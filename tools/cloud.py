@@ -1,6 +1,6 @@
 """Write notebooks that run where minimoe is not installed (Colab, Kaggle, Binder): tools/cloud.py ADDRESS
 
-ADDRESS is where the folder site/ will be published. site/cloud/ gets one archive (package, data, notebooks) and a copy of each
+ADDRESS is where the folder site/ will be published. site/cloud/ gets one archive (package and data) and a copy of each
 notebook. The first cell of a copy downloads the archive, compares its SHA-256, unpacks it, and installs what it needs.
 """
 
@@ -22,7 +22,7 @@ import minimoe
 
 ROOT = Path(__file__).parent.parent
 NAME = f"minimoe-{minimoe.__version__}"
-HELD = ("minimoe/*.py", "minimoe/*.js", "minimoe/*.css", "data/**/*", "notebooks/*", "LICENSE", "README.md", "pyproject.toml")
+HELD = ("minimoe/*.py", "minimoe/*.js", "minimoe/*.css", "data/**/*", "LICENSE", "README.md", "pyproject.toml")
 LINK = re.compile(r"\]\((?!\w+:)([\w./-]+)\.(?:ipynb|md)")  # to another file of the course
 FIRST = """# minimoe for this notebook: a download of about {size} MB. Where minimoe is installed, this cell does nothing.
 import hashlib, importlib.util, io, os, subprocess, sys, tarfile, urllib.request
