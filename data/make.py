@@ -282,33 +282,20 @@ def axes() -> None:
             add_check(axis, table, {**sizes, **fields})
 
 
-def add_check(axis: str, table, fields: dict) -> None:
+def add_check(axis: str, rules, fields: dict) -> None:
     """Check one table along one axis, and append its exponents and its values after the last step."""
-    found, seen = SWEEPS.parent / "axes.csv", SWEEPS.parent / "axes_values.csv"
-    name = getattr(table, "name", table)
-    if seen.exists() and (pd.read_csv(seen)[["axis", "parametrization"]] == [axis, name]).all(axis=1).any():
+    exponents_file, values_file = (SWEEPS.parent / f"{name}.csv" for name in ("axes", "axes_values"))
+    name = getattr(rules, "name", rules)
+    if values_file.exists() and (pd.read_csv(values_file)[["axis", "parametrization"]] == [axis, name]).all(axis=1).any():
         return
-    frame = coordinate_check(table, steps=4, seeds=SEEDS, corpus="pydocs", **fields)
-    columns = [
-        "parametrization",
-        "layer",
-        "tensor",
-        "quantity",
-        "predicted",
-        "measured",
-        "stderr",
-        "agrees",
-        "verdict",
-        "closure",
-    ]
-    found_out = exponents(frame)
-    last = frame[(frame.step == frame.step.max()) | (frame.quantity == "init")]
-    labels = ["parametrization", "layer", "tensor", "quantity", axis]
-    values = layers_compared(last).groupby(labels, sort=False).value.agg(["mean", "sem"]).reset_index()
-    values = values.rename(columns={axis: "size"})
-    for path, rows in ((found, found_out[[*columns, "role", "kind"]]), (seen, values)):
+    frame = coordinate_check(rules, steps=4, seeds=SEEDS, corpus="pydocs", **fields)
+    table, labels = exponents(frame), ["parametrization", "layer", "tensor", "quantity"]
+    judged = table[[*labels, "predicted", "measured", "stderr", "agrees", "verdict", "closure", "role", "kind"]]
+    last = layers_compared(frame[(frame.step == frame.step.max()) | (frame.quantity == "init")])
+    values = last.groupby([*labels, axis], sort=False).value.agg(["mean", "sem"]).reset_index().rename(columns={axis: "size"})
+    for path, rows in ((exponents_file, judged), (values_file, values)):
         rows.assign(axis=axis).to_csv(path, mode="a", header=not path.exists(), index=False, float_format="%.4g")
-    print(f"{axis}, {name}: {diagnosis(found_out, axis)[name]}", flush=True)
+    print(f"{axis}, {name}: {diagnosis(table, axis)[name]}", flush=True)
 
 
 def linearisation() -> None:

@@ -85,8 +85,8 @@ def coordinate_check(
     number of experts grow with that of the active ones, `path={"n_experts": (4, 8), "top_k": (1, 2)}`: of experts that get
     another share of the tokens there is no theory. fields: of Config, each one value, several, or a function of the sizes. Where
     the depth, a number of experts or their size (`expert_ratio`) grows, the smallest one is its base unless you give it
-    (`base_depth=`), so that cells may use it. For granularity give a
-    base_granularity, mostly 1: by default each granularity is its own base, whose std is that of its true fan_in.
+    (`base_depth=`), so that cells may use it. For granularity give a base_granularity, mostly 1: by default each granularity
+    is its own base, whose std is that of its true fan_in.
 
     lr: predictions are to first order in the updates. The default is small enough for that even where updates grow by
     2^3 over the widths; at a training LR such tables leave the linear regime (their steps overshoot, their inputs blow up).

@@ -13,8 +13,8 @@ from .optima_figures import LOOKS
 
 
 def linearisation_curves(frame: pd.DataFrame) -> Figure:
-    """The distance of a residual block from its linearisation, against the number of blocks: a curve per table, both axes in
-    octaves, bars of one standard error over the seeds; the legend has the slopes.
+    """The distance of a residual block from its linearisation, against the number of blocks: a curve per table, both axes
+    logarithmic, bars of one standard error over the seeds; the legend has the slopes.
 
     frame: from `linearisations.linearisation`. Raises ValueError for a frame without rows.
     """

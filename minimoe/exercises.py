@@ -136,11 +136,7 @@ def check_coordinates(updates: Callable[[str, Sequence[int]], Sequence[float]]) 
 
 def check_mended(table: Parametrization, number: int) -> str:
     """Is this `mystery(number)` with its one wrong cell mended, and nothing else changed?"""
-    require(isinstance(table, Parametrization), f"give a table, as `mystery({number}).replace(...)` returns it")
-    broken = mystery(number)
-    cells = [(role, cell) for role in table.roles for cell in CELLS]
-    changed = [key for key in cells if getattr(table[key[0]], key[1]) != getattr(broken[key[0]], key[1])]
-    require(bool(changed), "this is the mystery as it was: change the wrong cell")
+    changed = _changed_cells(table, mystery(number), f"mystery({number})")
     if not table.same_rules(PARAMETRIZATIONS["mup"]):
         require(len(changed) == 1, f"one cell is wrong; yours changes {len(changed)}")
         raise Wrong("; ".join(_unlike_mup(table)) or "this cell is not as muP writes it")
@@ -149,11 +145,8 @@ def check_mended(table: Parametrization, number: int) -> str:
 
 def check_deep_mended(table: Parametrization) -> str:
     """Is this `deep_mystery()` with its one wrong cell mended, and nothing else changed?"""
-    require(isinstance(table, Parametrization), "give a table, as `deep_mystery().replace(...)` returns it")
     broken, right = deep_mystery(), PARAMETRIZATIONS["depth-mup"]
-    cells = [(role, cell) for role in table.roles for cell in CELLS]
-    changed = [key for key in cells if getattr(table[key[0]], key[1]) != getattr(broken[key[0]], key[1])]
-    require(bool(changed), "this is the mystery as it was: change the wrong cell")
+    changed = _changed_cells(table, broken, "deep_mystery()")
     require(len(changed) == 1, f"one cell is wrong; yours changes {len(changed)}")
     ((role, cell),) = changed
     wanted = getattr(right[role], cell)
@@ -161,6 +154,15 @@ def check_deep_mended(table: Parametrization) -> str:
     require(wanted != getattr(broken[role], cell), f"{said}: this cell was right")
     require(table.same_rules(right), f"{said}: the right cell, with another power of the depth than the other weights of a block")
     return f"Right: {role}.{cell} = {wanted}."
+
+
+def _changed_cells(table: Parametrization, broken: Parametrization, called: str) -> list[tuple[str, str]]:
+    """(role, cell) of each cell that is not as in `broken`. Raises `Wrong` for what is no table, or if there is none."""
+    require(isinstance(table, Parametrization), f"give a table, as `{called}.replace(...)` returns it")
+    cells = [(role, cell) for role in table.roles for cell in CELLS]
+    changed = [(role, cell) for role, cell in cells if getattr(table[role], cell) != getattr(broken[role], cell)]
+    require(bool(changed), "this is the mystery as it was: change the wrong cell")
+    return changed
 
 
 def _unlike_mup(table: Parametrization) -> list[str]:

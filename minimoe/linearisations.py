@@ -54,7 +54,10 @@ class ResidualNetwork(nn.Module):
         initialise(self.double(), table, seed)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.streams(x)[-1] @ (self.out_multiplier * self.out)
+        return self.read_out(self.streams(x)[-1])
+
+    def read_out(self, h: Tensor) -> Tensor:
+        return h @ (self.out_multiplier * self.out)
 
     def streams(self, x: Tensor) -> list[Tensor]:
         """The residual stream (N, D) before each block, and after the last."""
@@ -95,14 +98,15 @@ def _mean_distance(network: ResidualNetwork, table: Parametrization, lr: float, 
     x = torch.randn(SAMPLES, INPUTS, generator=generator, dtype=torch.float64)
     classes = torch.randint(OUTPUTS, (SAMPLES,), generator=generator)
     before = [{name: weight.detach().clone() for name, weight in block.named_parameters()} for block in network.blocks]
-    streams = [h.detach() for h in network.streams(x)]
     optimizer = torch.optim.AdamW(param_groups(network, table, lr, eps=1e-15))
-    loss = F.cross_entropy(network(x), classes)
+    *inputs, last = network.streams(x)
+    loss = F.cross_entropy(network.read_out(last), classes)
     if not loss.isfinite():
         return float("nan")
     loss.backward()
     optimizer.step()
-    return float(torch.stack([distance(*pair) for pair in zip(network.blocks, before, streams, strict=False)]).mean())
+    parts = zip(network.blocks, before, inputs, strict=True)
+    return float(torch.stack([distance(block, start, h.detach()) for block, start, h in parts]).mean())
 
 
 @torch.no_grad()

@@ -106,7 +106,7 @@ class MoE(nn.Module):
         scales = ("routed", "residual_moe")  # of the sum over the active experts, and of the branch
         self.down = weight(config, "experts_down", lambda c: (c.experts, c.expert_width, c.width), scales=scales)
         if config.bias_rate:
-            self.register_buffer("bias", torch.zeros(config.experts, dtype=torch.float32))  # see `step.moved_bias`
+            self.register_buffer("bias", torch.zeros(config.experts, dtype=torch.float32))  # see `step.moved_biases`
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(N, D) -> (N, D), balance loss (), router logits (N, E), load (E,)."""

@@ -206,20 +206,21 @@ class Parametrization:
 
     def row(self, role: str) -> str:
         """The role whose row serves this one: itself, or its family. Raises KeyError if the table has neither."""
-        served = role
-        while served not in self.roles:
-            if served not in FAMILY:
-                raise KeyError(f"parametrization {self.name!r} has no role {role!r}; it has {', '.join(self.roles)}")
-            served = FAMILY[served]
+        served = self._row_or_none(role)
+        if served is None:
+            raise KeyError(f"parametrization {self.name!r} has no role {role!r}; it has {', '.join(self.roles)}")
         return served
+
+    def _row_or_none(self, role: str) -> str | None:
+        while role is not None and role not in self.roles:
+            role = FAMILY.get(role)
+        return role
 
     def __getitem__(self, role: str) -> Rule:
         return dict(self.rules)[self.row(role)]
 
     def __contains__(self, role: str) -> bool:
-        while role not in self.roles and role in FAMILY:
-            role = FAMILY[role]
-        return role in self.roles
+        return self._row_or_none(role) is not None
 
     def same_rules(self, other: Parametrization) -> bool:
         """Whether both tables give every role the same rule, however finely each is written."""

@@ -118,12 +118,13 @@ def losses_and_load(run: Callable[[Tensor], Output], config: Config, batch: Tens
 def moved_biases(config: Config, biases: Mapping[str, Tensor], load: Tensor) -> dict[str, Tensor]:
     """The biases of the choice of experts after a step: bias -= bias_rate * (share of the tokens - K / E), outside the gradient.
 
-    DMFT-MoE, arXiv 2601.20205: a bias balances the load without a loss of its own. biases: buffer's name -> (..., E);
-    load: (..., L, E), which sums to 1 over the experts, so that an expert serves the share K * load of the tokens.
+    DMFT-MoE, arXiv 2601.20205: a bias balances the load without a loss of its own. biases: buffer's name -> (..., E), in the
+    order of the layers, or empty; load: (..., L, E), which sums to 1 over the experts, so that an expert serves the share
+    K * load of the tokens.
     """
     K, E = config.active_experts, config.experts
-    surplus = (K * load - K / E).unbind(-2)
-    return {name: bias - config.bias_rate * surplus[int(name.split(".")[1])] for name, bias in biases.items()}
+    layers = zip(biases.items(), load.unbind(-2), strict=False)  # without biases nothing is computed
+    return {name: bias - config.bias_rate * (K * own - K / E) for (name, bias), own in layers}
 
 
 def bias_names(config: Config) -> list[str]:

@@ -105,8 +105,8 @@ DMFT = Parametrization(
         "routed": Rule(multiplier=1 / (top_k * granularity)),
     },
 )
-for _known in (completep("completep", 1), completep("depth-mup", 0.5), DMFT):  # depth-mup: arXiv 2310.02244, Adam
-    PARAMETRIZATIONS[_known.name] = _known
+_FOR_OTHER_SIZES = (completep("completep", 1), completep("depth-mup", 0.5), DMFT)  # depth-mup: arXiv 2310.02244, Adam
+PARAMETRIZATIONS |= {known.name: known for known in _FOR_OTHER_SIZES}
 
 
 def _router(name: str, rule: Rule) -> Parametrization:

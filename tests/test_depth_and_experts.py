@@ -21,7 +21,7 @@ from minimoe import (
 from minimoe.identity import tensor_numbers
 from minimoe.roles import initialise, param_groups
 from minimoe.tables import READINGS
-from minimoe.theory import kinds, predicted_exponents
+from minimoe.theory import exponents_between, kinds, predicted_exponents
 
 # Width x 4, depth x 8, experts and active experts x 2, expert hidden size over width x 16: so an expert's hidden size x 64.
 GROWN = {"width": 128, "depth": 8, "n_experts": 8, "top_k": 2, "expert_ratio": 16}
@@ -184,8 +184,6 @@ def test_over_the_experts_at_a_fixed_share():
 
 
 def test_of_another_share_nothing_is_predicted():
-    from minimoe.theory import exponents_between
-
     one = Config("mup", n_experts=8, top_k=2)
     assert exponents_between(one, Config("mup", n_experts=16, top_k=2), "n_experts") == {}
     assert exponents_between(one, Config("mup", n_experts=16, top_k=4), "n_experts")
