@@ -66,6 +66,12 @@ def test_the_tables_of_the_findings_are_the_sweeps():
         findings.page(text, {"other": ""})
 
 
+def test_the_readme_counts_the_predictions_that_are_met():
+    last = findings.tables()["checks"].splitlines()[-1]
+    met, known = (sum(map(int, found)) for found in zip(*re.findall(r"(\d+) of (\d+)", last), strict=True))
+    assert f"{met:,} of {known:,} predicted exponents" in (ROOT / "README.md").read_text()
+
+
 def test_the_page_of_adopted_architectures_is_what_adopt_makes_of_them():
     assert adoptions.PAGE.read_text(encoding="utf-8") == adoptions.page(), "run python tools/adoptions.py"
 

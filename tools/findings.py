@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from minimoe import ARMS, EXPERT_ARMS, drift_words, labelled, read_adopted, read_sweep, summary, transfer_report
+from minimoe import ARMS, EXPERT_ARMS, SHARE_ARMS, drift_words, labelled, read_adopted, read_sweep, summary, transfer_report
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "findings.md"
@@ -111,9 +111,42 @@ def tables() -> dict[str, str]:
     made = {name: drift_table(rows, "n_experts") for name, rows in experts.items()}
     made |= {name: drift_table(rows, "granularity") for name, rows in granularities.items()}
     models = {"adopted models": ADOPTED, "other bases": OTHER_BASES}
-    depths = with_all_seeds(stores("depth"), "depth")
-    made |= {name: drift_table(depths[depths.steps == steps], "depth") for name, steps in DEPTHS.items()}
+    made |= {name: drift_table(rows, by) for name, (rows, by) in of_depth_and_experts().items()}
+    made |= {"checks": checks_table(pd.read_csv(SWEEPS.parent / "axes.csv"))}
     return made | {name: drift_table(adopted(names), "width") for name, names in models.items()}
+
+
+def of_depth_and_experts() -> dict[str, tuple[pd.DataFrame, str]]:
+    """name -> (rows, the size that grows), for the sweeps over depth, share and size of the experts."""
+    depths, share = with_all_seeds(stores("depth"), "depth"), shares(stores("share", "expert_count"))
+    dmft = share.parametrization.str.startswith("dmft")
+    return {name: (depths[depths.steps == steps], "depth") for name, steps in DEPTHS.items()} | {
+        "width and depth": (stores("width_depth"), "width"),
+        "experts under dmft": (share[dmft], "n_experts"),
+        "share": (share[~dmft], "share"),
+        "share, four times the batch": (shares(stores("share_batch")), "share"),
+        "size of the experts": (stores("expert_size"), "expert_ratio"),
+    }
+
+
+def shares(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the arms of `SHARE_ARMS`, with their active share, which is at most a half."""
+    rows = labelled(rows[(rows.width == 64) & (rows.steps == 200)], SHARE_ARMS)
+    rows = rows.assign(share=rows.top_k / rows.n_experts)
+    return with_all_seeds(rows[rows.share <= 1 / 2], "share")
+
+
+def checks_table(axes: pd.DataFrame) -> str:
+    """What the checks condemn along each axis, and how many of the predictions are met: a row per table, as markdown."""
+    known = axes[axes.agrees.notna()]
+    met = known.agrees.astype(bool).groupby(known.axis, sort=False).agg(["sum", "count"])
+    rows = [["table", *met.index], ["---"] * (1 + len(met))]
+    for name, own in axes[axes.axis == "width"].groupby("parametrization", sort=False):
+        own = axes[axes.parametrization == name]
+        grown = {axis: list(dict.fromkeys(part.tensor[part.verdict == "explodes"])) for axis, part in own.groupby("axis")}
+        rows.append([name, *(", ".join(grown[axis]) or "none" for axis in met.index)])
+    rows.append(["predictions met", *(f"{row['sum']} of {row['count']}" for _, row in met.iterrows())])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def with_all_seeds(frame: pd.DataFrame, by: str, seeds: int = 3) -> pd.DataFrame:
