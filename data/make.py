@@ -197,12 +197,17 @@ def bias_rate() -> None:
 
 def share() -> None:
     """dmft at a fixed share of active experts, 1/4, and its negative control: other shares with two active ones. Under mup with
-    gates that sum to 1: other shares of 32 experts. (Its arm with two active experts is in `expert_count`.)"""
+    gates that sum to 1: other shares of 32 experts. (Its arm with two active experts is in `expert_count`.) The ends of all of these
+    half as long."""
     store, fields = SWEEPS / "share.jsonl", {**SIGMOID, **PER_ACTIVE, "bias_rate": RATE}
+    gates = {**SMALL, "gates": "renormalized"}
     for path in (QUARTER, {"n_experts": (32, 16, 4), "top_k": (2, 2, 2)}):
         sweep((64,), ("dmft",), EXPERT_HALVES, SEEDS, STEPS, options=OPTIONS, store=store, path=path, **fields)
-    gates = {**SMALL, "gates": "renormalized"}
     sweep((64,), ("mup",), EXPERT_HALVES, SEEDS, STEPS, options=OPTIONS, store=store, n_experts=32, top_k=(16, 8, 4), **gates)
+    ends = {"n_experts": (32, 4, 32, 4), "top_k": (8, 1, 2, 2)}
+    sweep((64,), ("dmft",), EXPERT_HALVES, SEEDS, STEPS // 2, options=OPTIONS, store=store, path=ends, **fields)
+    ends = {"n_experts": (32, 32, 4), "top_k": (16, 2, 2)}
+    sweep((64,), ("mup",), EXPERT_HALVES, SEEDS, STEPS // 2, options=OPTIONS, store=store, path=ends, **gates)
 
 
 def share_batch() -> None:
@@ -213,17 +218,22 @@ def share_batch() -> None:
 
 
 def expert_size() -> None:
-    """Experts 1 to 16 times as large as the width, under dmft, and under dmft with the usual init of the down projection."""
+    """Experts 1 to 16 times as large as the width, under dmft, and under dmft with the usual init of the down projection;
+    the ends half as long."""
     store, tables = SWEEPS / "expert_size.jsonl", ("dmft", READINGS["dmft, fan_in init"])
     fields = {**SIGMOID, "bias_rate": RATE, "base_expert_ratio": 1, "base_width": 16}
     for size in (16, 8, 4, 2, 1):
         sweep((32,), tables, EXPERT_HALVES, SEEDS, STEPS, options=OPTIONS, store=store, expert_ratio=size, **fields)
+    sweep((32,), tables, EXPERT_HALVES, SEEDS, STEPS // 2, options=OPTIONS, store=store, expert_ratio=(16, 1), **fields)
 
 
 def width_depth() -> None:
-    """Width and depth together, four times as much of both: under mup, which has no rule for the depth, and under completep."""
+    """Width and depth together, four times as much of both: under mup, which has no rule for the depth, and under completep.
+    The ends half as long."""
     path, store = {"width": (128, 64, 32), "depth": (8, 4, 2)}, SWEEPS / "width_depth.jsonl"
     sweep(None, ("mup", "completep"), DEPTH_HALVES, SEEDS, STEPS, options=OPTIONS, store=store, path=path, base_depth=2)
+    path = {"width": (128, 32), "depth": (8, 2)}
+    sweep(None, ("mup", "completep"), DEPTH_HALVES, SEEDS, STEPS // 2, options=OPTIONS, store=store, path=path, base_depth=2)
 
 
 def tiny(name: str, **changes) -> Plan:
