@@ -197,8 +197,8 @@ def bias_rate() -> None:
 
 def share() -> None:
     """dmft at a fixed share of active experts, 1/4, and its negative control: other shares with two active ones. Under mup with
-    gates that sum to 1: other shares of 32 experts. (Its arm with two active experts is in `expert_count`.) The ends of all of these
-    half as long."""
+    gates that sum to 1: other shares of 32 experts. (Its arm with two active experts is in `expert_count`.) The ends of all
+    of these half as long."""
     store, fields = SWEEPS / "share.jsonl", {**SIGMOID, **PER_ACTIVE, "bias_rate": RATE}
     gates = {**SMALL, "gates": "renormalized"}
     for path in (QUARTER, {"n_experts": (32, 16, 4), "top_k": (2, 2, 2)}):

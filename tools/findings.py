@@ -18,7 +18,7 @@ PAGE = ROOT / "docs" / "findings.md"
 SWEEPS = ROOT / "data" / "sweeps"
 ADOPTED = {"Mixtral": "adopted_mixtral", "OLMoE": "adopted_olmoe"}
 OTHER_BASES = {"Mixtral of std 0.1": "adopted_mixtral_init", "Mixtral": "adopted_mixtral_tuned"}
-DEPTHS = {"depth": 200, "depth, half as long": 100}  # steps
+LENGTHS = {"": 200, ", half as long": 100}  # a table's name ends with this -> steps
 ADOPTED_BASE = 64  # their base width
 SCREENED = [name for name in EXPERT_ARMS if ", balance " not in name]
 
@@ -118,20 +118,23 @@ def tables() -> dict[str, str]:
 
 def of_depth_and_experts() -> dict[str, tuple[pd.DataFrame, str]]:
     """name -> (rows, the size that grows), for the sweeps over depth, share and size of the experts."""
-    depths, share = with_all_seeds(stores("depth"), "depth"), shares(stores("share", "expert_count"))
+    share = shares(stores("share", "expert_count"))
     dmft = share.parametrization.str.startswith("dmft")
-    return {name: (depths[depths.steps == steps], "depth") for name, steps in DEPTHS.items()} | {
+    both = {
+        "depth": (with_all_seeds(stores("depth"), "depth"), "depth"),
         "width and depth": (stores("width_depth"), "width"),
         "experts under dmft": (share[dmft], "n_experts"),
         "share": (share[~dmft], "share"),
-        "share, four times the batch": (shares(stores("share_batch")), "share"),
         "size of the experts": (stores("expert_size"), "expert_ratio"),
     }
+    lengths = ((name + end, rows[rows.steps == steps], by) for name, (rows, by) in both.items() for end, steps in LENGTHS.items())
+    batch = {"share, four times the batch": (shares(stores("share_batch")), "share")}
+    return {name: (rows, by) for name, rows, by in lengths} | batch
 
 
 def shares(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of the arms of `SHARE_ARMS`, with their active share, which is at most a half."""
-    rows = labelled(rows[(rows.width == 64) & (rows.steps == 200)], SHARE_ARMS)
+    rows = labelled(rows[rows.width == 64], SHARE_ARMS)
     rows = rows.assign(share=rows.top_k / rows.n_experts)
     return with_all_seeds(rows[rows.share <= 1 / 2], "share")
 
