@@ -132,6 +132,7 @@ def memory_per_run(config: Config, options: TrainOptions) -> int:
     rows = slots + config.experts * BLOCK  # padded
     columns = config.expert_width * (2 if config.activation == "swiglu" else 1)
     kept = tokens * (16 * config.width + 4 * config.experts) + slots * (columns + 8)  # by each layer, for the backward pass
+    kept += tokens * config.shared_experts * 3 * columns  # of the shared experts, before and after their activation
     passing = rows * (4 * config.width + 6 * columns) + 2 * tokens * heads * config.context  # while one layer is at work
     passing += 3 * (slots // BLOCK + config.experts) * config.width * columns  # the weights of each block
     return 4 * (weights + config.depth * kept + passing + tokens * 6 * config.vocab_size)

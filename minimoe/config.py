@@ -15,13 +15,17 @@ from .tables import parametrization
 
 ACTIVATIONS = ("relu", "gelu", "swiglu")
 ROLES = ("embedding", "unembedding", "attention", "attention_out", "experts_up", "experts_down", "router")  # of the model
-GATES = ("softmax", "renormalized", "sigmoid")
-BASED = ("width", "depth", "n_experts", "top_k", "granularity", "expert_ratio")  # sizes that have a base value
+GATES = ("softmax", "renormalized", "sigmoid", "renormalized sigmoid")
+RENORMALIZED = ("renormalized", "renormalized sigmoid")  # a token's gates sum to 1
+SIGMOID = ("sigmoid", "renormalized sigmoid")  # a score looks at its own expert alone
+SIZES = ("width", "depth", "n_experts", "top_k", "granularity", "expert_ratio")
+BASED = (*SIZES, "n_shared")  # what has a base value
+RATIOS = (*SIZES, "expert_width", "active_width")  # true over base, for the cells of a table
 SMALLEST_IS_BASE = ("depth", "n_experts", "top_k", "expert_ratio")  # in a check in which they grow, unless a base is given
 
 # Fields that Config has got since the first shipped runs (store format 2), each with the value that changes nothing. A
 # field counts in a run's identity only where it differs from that value: a new feature never makes an old run another one.
-NEUTRAL: dict[str, object] = {"bias_rate": 0.0, "gains": False}
+NEUTRAL: dict[str, object] = {"bias_rate": 0.0, "gains": False, "n_shared": 0, "same_start": False}
 
 
 @dataclass(frozen=True)
@@ -39,10 +43,12 @@ class Config:
     top_k: int = 2  # experts that serve one token at granularity 1
     granularity: int = 1  # G: n_experts * G experts, top_k * G active, hidden size / G (arXiv 2402.07871)
     expert_ratio: int = 2  # expert hidden size over width, at granularity 1
+    n_shared: int = 0  # further experts of this size that serve every token, at granularity 1
     activation: str = "relu"  # relu, gelu, or swiglu (a third matrix, stored beside the up projection)
-    gates: str = "softmax"  # over all experts; or renormalized: those of the active experts sum to 1; or sigmoid: each by itself
+    gates: str = "softmax"  # or sigmoid: each by itself; renormalized, or renormalized sigmoid: the active experts' sum to 1
     bias_rate: float = 0.0  # the choice is by score plus bias, and the load moves the bias at this rate; 0: no bias
     gains: bool = False  # each norm is followed by a gain
+    same_start: bool = False  # all routed experts of a block start from the same weights
     forced_balance: bool = False  # debugging and teaching: tokens go round the experts in turn, gates stay the router's
     balance_weight: float = 0.01  # weight of the balance loss, which is 1 at perfect balance for every E, K, G
     z_weight: float = 0.0  # weight of the router z-loss, mean logsumexp(router logits)^2 (arXiv 2202.08906)
@@ -55,6 +61,7 @@ class Config:
     base_top_k: int | None = None  # likewise
     base_granularity: int | None = None  # likewise
     base_expert_ratio: int | None = None  # likewise
+    base_n_shared: int | None = None  # likewise
 
     def __post_init__(self):
         object.__setattr__(self, "parametrization", parametrization(self.parametrization))
@@ -71,8 +78,20 @@ class Config:
         return self.top_k * self.granularity
 
     @property
+    def shared_experts(self) -> int:  # S
+        return self.n_shared * self.granularity
+
+    @property
     def expert_width(self) -> int:  # M
         return self.expert_ratio * self.width // self.granularity
+
+    @property
+    def active_width(self) -> int:  # hidden values that serve one token: H_act of Complete-muE
+        return (self.active_experts + self.shared_experts) * self.expert_width
+
+    @property
+    def gates_sum_to_1(self) -> bool:  # whatever the router says
+        return self.gates in RENORMALIZED or (self.gates == "softmax" and self.active_experts == self.experts)
 
     @property
     def shape(self) -> dict:
@@ -95,7 +114,7 @@ class Config:
     def ratios(self) -> dict[str, float]:
         """True over base, for the named ratios that a cell may use (`fan_in` is each tensor's own)."""
         base = self.base
-        return {name: getattr(self, name) / getattr(base, name) for name in (*BASED, "expert_width")}
+        return {name: getattr(self, name) / getattr(base, name) for name in RATIOS}
 
 
 def differing(values: Mapping[str, object], neutral: Mapping[str, object]) -> dict:
@@ -107,7 +126,7 @@ def shape_in_key(config: Config) -> dict:
     """The shape as it counts in a run's identity: without what is neutral, and as the first shipped runs had it."""
     shape = differing(config.shape, NEUTRAL)
     gates = shape.pop("gates")  # these runs had `renormalize` in its place
-    return shape | {"renormalize": gates == "renormalized"} | ({"gates": gates} if gates == "sigmoid" else {})
+    return shape | {"renormalize": gates == "renormalized"} | ({"gates": gates} if gates in SIGMOID else {})
 
 
 def _check(c: Config) -> None:
@@ -116,7 +135,8 @@ def _check(c: Config) -> None:
         if f.name == "seed":
             require(0 <= value < LIMIT, f.name, value, "must be an integer from 0 to 2^63 - 1")
         elif f.type.startswith("int"):
-            require(value is None or 1 <= value < LIMIT, f.name, value, "must be a positive integer below 2^63")
+            least, rule = (0, "a non-negative") if f.name.endswith("n_shared") else (1, "a positive")
+            require(value is None or least <= value < LIMIT, f.name, value, f"must be {rule} integer below 2^63")
         elif f.type == "float":
             not_negative(f.name, value)
     for name, known in (("activation", ACTIVATIONS), ("gates", GATES)):
@@ -131,13 +151,16 @@ def _check(c: Config) -> None:
         require(size("top_k") <= size("n_experts"), f"{base}top_k", size("top_k"), most)
         rule = f"must divide the experts' hidden size, {base}expert_ratio * {base}width = {hidden}"
         require(hidden % finer == 0, f"{base}granularity", finer, rule)
-        learns = c.gates != "renormalized" or size("top_k") * finer > 1 or size("n_experts") == 1
+        learns = c.gates not in RENORMALIZED or size("top_k") * finer > 1 or size("n_experts") == 1
         rule = f"with {base}top_k * {base}granularity = 1 the gate is always 1: no task gradient would reach the router"
         require(learns, "gates", c.gates, rule)
     _check_table(c.parametrization, c.gains)
     tied = c.parametrization["router"].init_var.coefficient == 0 and c.active_experts < c.experts and not c.forced_balance
     rule = "a router that starts at 0 gives all experts one score, so that the same experts would serve every token"
     require(not tied, "router.init_var", 0, rule)
+    learns = not (c.same_start and c.gates_sum_to_1 and c.experts > 1)
+    rule = "gates that sum to 1 would add equal experts up to one of them: no task gradient would reach the router"
+    require(learns, "same_start", c.same_start, rule)
 
 
 def _check_table(table: Parametrization, gains: bool) -> None:
@@ -145,7 +168,7 @@ def _check_table(table: Parametrization, gains: bool) -> None:
     missing = [role for role in roles if role not in table]
     if missing:
         raise ValueError(f"parametrization {table.name!r} has no rule for {', '.join(missing)}")
-    known = {"fan_in", "expert_width", *BASED, *TRAINING}
+    known = {"fan_in", *RATIOS, *TRAINING}
     roles = (*roles, *(scale for scale in SCALES if scale in table))
     unknown = {name for role in roles for name in table[role].ratios} - known
     if unknown:

@@ -32,12 +32,13 @@ from torch import Tensor
 
 from .allocations import Entry, Ledger
 from .checks import require, whole
-from .config import BASED, SMALLEST_IS_BASE, Config
+from .config import SIZES as MODEL_SIZES
+from .config import SMALLEST_IS_BASE, Config
 from .corpus import Corpus, load_corpus
 from .grids import Planned, planned_runs
 from .model import MiniMoE
 from .parametrization import Parametrization
-from .probe import OUTSIDE, Observed, observed, output, route_by, sites
+from .probe import OUTSIDE, Observed, Site, observed, output, route_by, sites
 from .room import require_memory
 from .step import SingleRun, TrainOptions, losses
 from .theory import NONE, TOLERANCE, exponents_between, site_labels
@@ -46,7 +47,7 @@ from .workers import finished
 
 PROBED = 512  # validation tokens
 WIDTHS = (64, 128, 256, 512)
-SIZES = (*BASED, "batch_size")  # what can grow in a check
+SIZES = (*MODEL_SIZES, "batch_size")  # what can grow in a check
 LED = 4  # times as large as the independent part of a gradient must the aligned part be, to lead it
 LOSS = "loss"  # in place of a tensor: the sum of the allocations, and the true fall of the loss
 ROUTINGS = ("free", "forced", "frozen")
@@ -75,8 +76,9 @@ def coordinate_check(
     the value in the size that is `predicted` (NaN where there is no theory, as for propagated and change); and what the site is:
     its role, kind, source, degree, mixture and place (see `theory.site_labels`). Step 0 has init; later steps
     have the rest, all since the start. Layer -1 is outside the blocks. Tensors: embedding, q, k, v, o, router, up, down and
-    logits, each the output of a weight; scores (of attention), moe (output) and residual (stream) are no weight's own, and
-    have init and change only; loss has the sum of all allocations, and the true fall. Experts are measured on the tokens
+    logits, each the output of a weight; scores (of attention), moe (the routed sum) and residual (stream) are no weight's
+    own, and have init and change only, but for moe: its update and its propagated part are the sums of those of the experts'
+    outer weights, each times its gate; loss has the sum of all allocations, and the true fall. Experts are measured on the tokens
     they get.
 
     The size is the width (default 64, 128, 256, 512), or the one other field of Config that has several values
@@ -262,16 +264,32 @@ def since(start: Observed, now: Observed) -> Iterator[dict]:
     """A row for every site's update, propagated part and change. Both models are measured under today's choice of experts."""
     for place, site in now.sites.items():
         before, labels = start.sites[place], (site.layer, site.name)
-        if site.weight is None:
-            yield _row(*labels, "change", rms(site.output - before.output))
-        else:
-            (x, serving), (x0, _) = (seen.input(now.experts[site.layer]) for seen in (site, before))
-            moved = site.weight - before.weight
-            update, propagated = output(x, moved, serving), output(x - x0, before.weight, serving)
+        if site.weight is not None:
+            chosen = now.experts[site.layer]
+            update, propagated = parts_of_change(before, site, chosen)
+            (x, serving), moved = site.input(chosen), site.weight - before.weight
             largest = rms(output(x.abs(), moved.abs(), serving))
             yield _row(*labels, "update", rms(update), alignment=rms(update) / largest if largest else math.nan)
             yield _row(*labels, "propagated", rms(propagated))
             yield _row(*labels, "change", rms(update + propagated))
+            continue
+        if site.made_by == "mixture":
+            outer, gates = (site.layer, site.made_of[-1]), now.gates[site.layer]
+            parts = parts_of_change(start.sites[outer], now.sites[outer], now.experts[site.layer])
+            for quantity, part in zip(("update", "propagated"), parts, strict=True):
+                yield _row(*labels, quantity, rms(gated_sum(part, gates)))
+        yield _row(*labels, "change", rms(site.output - before.output))
+
+
+def parts_of_change(before: Site, site: Site, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """(dW x, W0 (x - x0)) of a site with a weight, each (n, fan_out), under this choice of experts (N, K)."""
+    (x, serving), (x0, _) = (seen.input(chosen) for seen in (site, before))
+    return output(x, site.weight - before.weight, serving), output(x - x0, before.weight, serving)
+
+
+def gated_sum(rows: Tensor, gates: Tensor) -> Tensor:
+    """(N * K, D) each token's outputs of its experts, (N, K) its gates -> (N, D)."""
+    return (rows.unflatten(0, gates.shape) * gates[..., None]).sum(1)
 
 
 def _row(layer: int, tensor: str, quantity: str, value: float, alignment: float = math.nan) -> dict:

@@ -19,9 +19,9 @@ def suspects(table: pd.DataFrame) -> pd.DataFrame:
     A wrong multiplier moves init and update by the same power of the size, a wrong init_var (by half its power) init alone,
     a wrong lr update alone. What a site inherits from its source is taken off first, so that one wrong cell is named once.
     A head that starts too large, its std above 1 / n, is seen in the other weights' allocations: they grow, with their
-    updates as they should be. So are the experts' outer weights, where the size of the experts grows. Where a tensor has no
-    update of its own in the table, its allocation stands in for it, less what the head explains. Over the depth, an allocation
-    that grows blames its LR.
+    updates as they should be. So are the experts' outer weights, where the size of the experts grows. A mixture that is wrong
+    blames the experts' outer weights. Where a tensor has no update of its own in the table, its allocation stands in for it,
+    less what the head explains. Over the depth, an allocation that grows blames its LR.
 
     `power`: of the size, by which the cell is too large. The largest comes first (to half a power; of equal ones the first in
     the forward pass), and what stands below it may be its consequence. What is known by its allocation alone (a gain, a bias)
@@ -48,6 +48,7 @@ def suspects(table: pd.DataFrame) -> pd.DataFrame:
 def _faults(group: pd.DataFrame) -> Iterator[tuple[str, str, float, str]]:
     """(role, cell, power by which it is too large, why) for every weight of one parametrization whose own exponents are off,
     in the order of the forward pass."""
+    group = _with_mixtures(group)
     broken = group[group.verdict.isin(BROKEN) & (group.role != NONE)]
     broken = broken.drop_duplicates(["layer", "tensor"], keep="last")  # that of the allocation, if it is one of them
     if not np.isfinite(broken.measured).all():
@@ -68,6 +69,13 @@ def _faults(group: pd.DataFrame) -> Iterator[tuple[str, str, float, str]]:
         because = f"{head}: init {surplus + MUP_INIT['output']:+.2f}; the gradients that pass through it make the allocations "
         role = group[(group.tensor == head) & (group.layer == OUTSIDE)].role.iloc[0]
         yield role, "init_var", 2 * surplus, because + f"of {', '.join(felt)} grow"
+
+
+def _with_mixtures(group: pd.DataFrame) -> pd.DataFrame:
+    """The rows, where a mixture has the role of its outer weight, whose cells make the mixture's init and update."""
+    outer = group[(group.mixture != NONE) & (group.source != NONE)].drop_duplicates("mixture").set_index("mixture").role
+    updates = group[(group.quantity == "update") & group.tensor.isin(outer.index)].tensor.unique()
+    return group.assign(role=group.role.where(~group.tensor.isin(updates), group.tensor.map(outer)))
 
 
 def _surplus_inside(group: pd.DataFrame, measured: pd.Series) -> Iterator[tuple[str, str, float, str]]:

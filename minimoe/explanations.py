@@ -176,5 +176,6 @@ def _flops(config: Config, param: nn.Parameter) -> int:
     """2 per weight that a token meets: none of an embedding's (it is looked up), the active share of the experts'."""
     if param.role.name == "embedding":
         return 0
-    active = config.active_experts if param.ndim == 3 else 1  # stacked experts: (E, fan_in, fan_out)
+    stacked = {"experts_up": config.active_experts, "experts_down": config.active_experts}  # (E, fan_in, fan_out)
+    active = stacked.get(param.role.name, param.shape[0] if param.ndim == 3 else 1)
     return 2 * active * param.shape[-2] * param.shape[-1]

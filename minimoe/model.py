@@ -4,12 +4,13 @@ This is the file to read. It is written for one run. Each weight declares its *r
 role is initialised, multiplied and trained; the forward pass uses the effective weight `self.w_multiplier * self.w`.
 
 Letters in shape comments: B batch, T time, N = B*T tokens, D width, H heads, C head size, L depth, V vocabulary,
-E experts (n_experts * granularity), K active experts per token (top_k * granularity), M expert hidden size.
+E experts (n_experts * granularity), K active experts per token (top_k * granularity), S shared experts (n_shared *
+granularity), M expert hidden size.
 
 Design: pre-norm; RMS norm without parameters; learned absolute positions; causal attention with a fixed head size, so that
 its scale 1 / C does not move with the width; token-choice routing, dropless; no biases; an untied head. Options: gains after
-the norms, and a bias on the choice of experts that the load moves. A table's multiplier of a residual branch is folded into
-that of the branch's last weight (see `Role.scales`).
+the norms, shared experts, and a bias on the choice of experts that the load moves. A table's multiplier of a residual branch
+is folded into that of the branch's last weight (see `Role.scales`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import saved
-from .config import Config
+from .config import RENORMALIZED, SIGMOID, Config
 from .corpus import Alphabet
 from .experts import activated, attention, slot_counts, sorted_mixture
 from .generation import generated
@@ -92,7 +93,8 @@ def mixture_by_mask(moe: MoE, x: Tensor, gates: Tensor, experts: Tensor) -> Tens
 
 
 class MoE(nn.Module):
-    """Token choice: a score for each expert, then the K largest, which are the gates; no token is dropped."""
+    """Token choice: a score for each expert, then the K largest, which are the gates; no token is dropped. Shared experts serve
+    every token, without a gate."""
 
     mixture = sorted_mixture  # equals mixture_by_mask, but each expert computes its own tokens only; a test compares them
 
@@ -102,9 +104,14 @@ class MoE(nn.Module):
         if config.experts > 1:  # a dense model has nothing to choose
             self.router = weight(config, "router", lambda c: (c.width, c.experts))
         columns = 2 if config.activation == "swiglu" else 1  # of the up projection, per hidden value
-        self.up = weight(config, "experts_up", lambda c: (c.experts, c.width, columns * c.expert_width))
+        routed = {"same_start": config.same_start}
+        self.up = weight(config, "experts_up", lambda c: (c.experts, c.width, columns * c.expert_width), **routed)
         scales = ("routed", "residual_moe")  # of the sum over the active experts, and of the branch
-        self.down = weight(config, "experts_down", lambda c: (c.experts, c.expert_width, c.width), scales=scales)
+        self.down = weight(config, "experts_down", lambda c: (c.experts, c.expert_width, c.width), scales=scales, **routed)
+        if config.n_shared:
+            number = config.shared_experts  # of the base, too: it may have none
+            self.shared_up = weight(config, "shared_up", lambda c: (number, c.width, columns * c.expert_width))
+            self.shared_down = weight(config, "shared_down", lambda c: (number, c.expert_width, c.width), scales=scales[1:])
         if config.bias_rate:
             self.register_buffer("bias", torch.zeros(config.experts, dtype=torch.float32))  # see `step.moved_biases`
 
@@ -114,15 +121,20 @@ class MoE(nn.Module):
         scores = self.scores(logits)  # (N, E)
         gates, experts = self.choice(scores)  # (N, K), (N, K)
         load = slot_counts(experts, self.config.experts).to(scores) / experts.numel()  # (E,)
-        shares = scores / scores.sum(-1, keepdim=True) if self.config.gates == "sigmoid" else scores  # a softmax's sum is 1
+        shares = scores / scores.sum(-1, keepdim=True) if self.config.gates in SIGMOID else scores  # a softmax's sum is 1
         balance_loss = self.config.experts * (load * shares.mean(0)).sum()  # Switch, arXiv 2101.03961 eq. 4
-        return self.mixture(x, gates, experts), balance_loss, logits, load
+        y = self.mixture(x, gates, experts)
+        return y + self.shared(x) if self.config.n_shared else y, balance_loss, logits, load
+
+    def shared(self, x: Tensor) -> Tensor:  # (N, D) -> (N, D)
+        hidden = activated(self.config.activation, x @ (self.shared_up_multiplier * self.shared_up))  # (S, N, M)
+        return (hidden @ (self.shared_down_multiplier * self.shared_down)).to(x).sum(0)
 
     def router_logits(self, x: Tensor) -> Tensor:  # (N, D) -> (N, E)
         return x.new_zeros(x.shape[0], 1) if self.config.experts == 1 else (x @ (self.router_multiplier * self.router)).to(x)
 
     def scores(self, logits: Tensor) -> Tensor:  # (N, E) -> (N, E)
-        apart = self.config.gates == "sigmoid" and self.config.experts > 1
+        apart = self.config.gates in SIGMOID and self.config.experts > 1
         return torch.sigmoid(logits) if apart else torch.softmax(logits, dim=-1)
 
     def choice(self, scores: Tensor) -> tuple[Tensor, Tensor]:  # (N, E) -> gates (N, K), expert numbers (N, K)
@@ -131,7 +143,7 @@ class MoE(nn.Module):
 
     def gates(self, scores: Tensor, experts: Tensor) -> Tensor:  # (N, E), expert numbers (N, K) -> (N, K)
         gates = scores.gather(1, experts)
-        return gates / gates.sum(-1, keepdim=True) if self.config.gates == "renormalized" else gates
+        return gates / gates.sum(-1, keepdim=True) if self.config.gates in RENORMALIZED else gates
 
     def chosen(self, scores: Tensor) -> Tensor:  # (N, E) -> expert numbers (N, K)
         N, K, E = scores.shape[0], self.config.active_experts, self.config.experts

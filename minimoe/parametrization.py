@@ -111,6 +111,7 @@ n_experts = ratio("n_experts")
 top_k = ratio("top_k")
 granularity = ratio("granularity")
 expert_width = ratio("expert_width")  # hidden size M of one expert
+active_width = ratio("active_width")  # hidden values that serve one token, of shared experts too
 batch = ratio("batch")  # sequences in a batch: m_B in Complete(d)P, arXiv 2512.22382
 duration = ratio("duration")  # tokens seen in the whole training: m_D there
 TRAINING = ("batch", "duration")  # ratios of the training, not of the model's shape

@@ -34,7 +34,7 @@ class Site(NamedTuple):
     role: str = ""  # that its weights declare
     source: str = ""  # the site of its layer whose output is its input; none where a norm stands between
     degree: int = 1  # the power with which its input follows the source's output
-    made_by: str = ""  # what is no weight's own: a product, a sum, or a mixture (a gated sum over experts)
+    made_by: str = ""  # what is no weight's own: a product, a sum, or a mixture (a gated sum over the routed experts)
     made_of: tuple[str, ...] = ()  # of these sites; of a mixture, the experts' inner and outer weights
     gate: str = ""  # the site whose output moves a mixture's gates; none where their sum is 1
     mixes: str = ""  # of what sets the shares of a sum: the site whose outputs are summed
@@ -66,9 +66,13 @@ def sites(config: Config) -> list[Site]:
             found.append(weighed(layer, "router", moe + "router", mixes="down", mixed=config.width))
         found.append(weighed(layer, "up", moe + "up"))
         found.append(weighed(layer, "down", moe + "down", source="up", degree=product_of_two))
-        gate = "" if config.experts == 1 or config.gates == "renormalized" else "router"
+        gate = "" if config.experts == 1 or config.gates_sum_to_1 else "router"
         found.append(Site(layer, "moe", made_by="mixture", made_of=("up", "down"), gate=gate))
-        found.append(Site(layer, "residual", made_by="sum", made_of=("embedding", "o", "moe")))
+        if config.n_shared:
+            found.append(weighed(layer, "shared up", moe + "shared_up"))
+            found.append(weighed(layer, "shared down", moe + "shared_down", source="shared up", degree=product_of_two))
+        shared = ("shared down",) if config.n_shared else ()
+        found.append(Site(layer, "residual", made_by="sum", made_of=("embedding", "o", "moe", *shared)))
     last = [weighed(OUTSIDE, "final gain", "norm.gain")] if config.gains else []
     return [*found, *last, weighed(OUTSIDE, "logits", "unembedding")]
 
@@ -87,7 +91,7 @@ def observed(model: MiniMoE, tokens: Tensor) -> Observed:
     """The model's sites on tokens (B, T), with their weights, inputs and outputs."""
     passed, inputs = _passed(model, tokens)
     gates, experts = zip(*(b.moe.choice(b.moe.scores(passed[b.moe][1][2])) for b in model.blocks), strict=True)
-    seen = {}
+    seen, every_shared = {}, torch.arange(model.config.shared_experts, device=tokens.device)
     for site in sites(model.config):
         if site.parameters == ("tokens", "positions"):
             site = _looked_up(site, model, tokens)
@@ -97,11 +101,14 @@ def observed(model: MiniMoE, tokens: Tensor) -> Observed:
             site = site._replace(weight=weight, input=lambda chosen, x=x: (x.flatten(0, -2), None))
         if site.name == "up":
             site = site._replace(input=lambda chosen, x=passed[model.blocks[site.layer].moe][0]: _routed(x, chosen))
-        if site.name == "down":
-            site = site._replace(input=lambda chosen, up=seen[site.layer, "up"]: _hidden(model.config, up, chosen))
+        if site.name == "shared up":
+            site = site._replace(input=lambda chosen, x=x: _routed(x, every_shared.expand(len(x), -1)))
+        if site.name in ("down", "shared down"):
+            site = site._replace(input=lambda chosen, up=seen[site.layer, site.source]: _hidden(model.config, up, chosen))
         seen[site.layer, site.name] = site
     for layer, block in enumerate(model.blocks):
-        outputs = {"moe": passed[block.moe][1][0], "residual": passed[block][1][0]}
+        x, (y, *_) = passed[block.moe]
+        outputs = {"moe": y - block.moe.shared(x) if model.config.n_shared else y, "residual": passed[block][1][0]}
         outputs["scores"] = _causal_scores(block.attention, *(seen[layer, name] for name in "qk"), tokens.shape)
         seen |= {(layer, name): seen[layer, name]._replace(output=output) for name, output in outputs.items()}
     weighed_first = dict(sorted(seen.items(), key=lambda item: item[1].weight is None))

@@ -35,6 +35,7 @@ class Role:
     fan_in_axes: tuple[int, ...] = (-2,)  # the axes that its product sums over; none for a gain or a bias
     start: float = 0.0  # the value around which it is drawn: 1 for a gain
     scales: tuple[str, ...] = ()  # roles without a weight whose multipliers, where a table has them, multiply its own
+    same_start: bool = False  # whether the parts along its first axis start equal
 
     def fan_in(self, shape: tuple[int, ...]) -> int:
         """The number of terms in each sum that a parameter of this shape makes; 1 for a gain or a bias."""
@@ -65,6 +66,7 @@ def parameter(
     fan_in_axes: tuple[int, ...] | None = None,
     start: float = 0.0,
     scales: tuple[str, ...] = (),
+    same_start: bool = False,
 ) -> RoleParameter:
     """A parameter that declares its role, to be filled by `initialise`. Shape: (..., fan_in, fan_out), used as x @ W.
 
@@ -72,7 +74,8 @@ def parameter(
     there (default 1 / sqrt(base fan_in)). ratios: further named ratios that its rule may use, such as {"width": 4.0}.
     fan_in_axes: the axes that its product sums over, for another layout than x @ W; () for a gain or a bias, which then
     needs its base_std, mostly 0. start: the value around which it is drawn, 1 for a gain. scales: of SCALES, the roles without
-    a weight that multiply the output of its product, such as ("residual_attention",).
+    a weight that multiply the output of its product, such as ("residual_attention",). same_start: the matrices of a stack all
+    start equal to the first.
     Raises ValueError for a parameter without a fan_in and a base_std, for a shape that differs from base_shape in length,
     and for axes that it does not have; ValueError or TypeError for what is no size, no finite number or a negative base_std.
     """
@@ -99,7 +102,7 @@ def parameter(
         raise ValueError(f"{role}: a parameter of shape {shape} has no fan_in; give its base_std")
     std = 1 / math.sqrt(declared.fan_in(base_shape)) if base_std is None else not_negative(f"{role}: base_std", base_std)
     made = RoleParameter(torch.zeros(shape, dtype=torch.float32))  # whatever torch's default is: it is in no run's key
-    made.role = replace(declared, base_std=std, scales=tuple(scales))
+    made.role = replace(declared, base_std=std, scales=tuple(scales), same_start=typed(f"{role}: same_start", "bool", same_start))
     return made
 
 
@@ -165,6 +168,7 @@ def initialise(module: nn.Module, table: str | Parametrization, seed: int = 0) -
         cells = _evaluated(param, table, {}, FORWARD_CELLS)
         if not param.is_meta:  # a meta module has shapes and roles but no values
             normal = torch.randn(param.shape, generator=generator, dtype=param.dtype, device="cpu")
+            normal = normal[:1] if param.role.same_start else normal
             param.copy_(normal * cells["std"] + param.role.start)
         path, _, leaf = name.rpartition(".")
         multiplier = torch.tensor(cells["multiplier"], dtype=param.dtype, device=param.device)

@@ -212,7 +212,7 @@ def _with_progress(finished: Iterator[list[dict]], missing: list[dict], progress
 def _cost(cell: dict) -> float:
     """About how long a run takes, in arbitrary units: active matrix parameters, plus attention and a fixed overhead."""
     c = config_from_dict(cell["config"])
-    experts = c.active_experts * c.expert_width * c.width * (3 if c.activation == "swiglu" else 2)
+    experts = c.active_width * c.width * (3 if c.activation == "swiglu" else 2)
     attention = 4 * c.width**2 + 12 * c.context * c.width
     tokens = c.context * cell["options"]["batch_size"] * cell["steps"]
     return tokens * (c.depth * (experts + attention + 30_000) + c.width * c.vocab_size)

@@ -14,10 +14,14 @@ from .parametrization import (
     Parametrization,
     Rule,
     TwoTables,
+    active_width,
+    batch,
     depth,
+    duration,
     expert_width,
     fan_in,
     granularity,
+    n_experts,
     top_k,
     width,
 )
@@ -105,7 +109,39 @@ DMFT = Parametrization(
         "routed": Rule(multiplier=1 / (top_k * granularity)),
     },
 )
-_FOR_OTHER_SIZES = (completep("completep", 1), completep("depth-mup", 0.5), DMFT)  # depth-mup: arXiv 2310.02244, Adam
+
+
+def complete_mue(name: str, head: Rule) -> Parametrization:
+    """Complete-muE (arXiv 2605.23893; the first author's write-up): from a dense model to any mixture of experts.
+
+    For gates "renormalized sigmoid". The base is a dense model (`n_experts=1`), and a mixture's output is
+    A * (shared experts + R * routed sum), with A = width / active width in every down projection, and R the number of active
+    experts. The down projections start with a std that is larger by the root of 1 / A. Learning rates do not change
+    with the number of experts, of active ones, or with their size. Depth as in CompleteP. Weight decay does not change with
+    the width. Batch and duration: see `square_root_rule`.
+    """
+    eps = 1 / (width * depth)
+    hidden = Rule(init_var=1 / fan_in, lr=1 / fan_in, eps=eps)
+    rows = {
+        "embedding": Rule(eps=eps),
+        "unembedding": replace(head, eps=eps),
+        "attention": hidden,
+        "experts_up": hidden,
+        "experts_down": Rule(init_var=active_width / width**2, multiplier=width / active_width, lr=1 / width, eps=eps),
+        "router": hidden,
+        "residual": Rule(multiplier=1 / depth),
+        "routed": Rule(multiplier=top_k * granularity),
+    }
+    return Parametrization(name, rows)
+
+
+COMPLETE_MUE = complete_mue("complete-mue", Rule(multiplier=1 / fan_in, lr=1 / fan_in))  # as printed; see READINGS
+_FOR_OTHER_SIZES = (
+    completep("completep", 1),
+    completep("depth-mup", 0.5),  # arXiv 2310.02244, Adam
+    DMFT,
+    COMPLETE_MUE,
+)
 PARAMETRIZATIONS |= {known.name: known for known in _FOR_OTHER_SIZES}
 
 
@@ -153,8 +189,60 @@ READINGS: dict[str, Parametrization] = {
         _with_eps(DMFT, "dmft, one eps", _per_depth),
         # The usual init of the down projection, which the paper compares its own with: its std by the root of fan_in.
         DMFT.replace("experts_down", "dmft, fan_in init", init_var=1 / fan_in),
+        # Complete-muE prints a multiplier of 1 / width for the head, and an LR of 1 / width as well; CompleteP the former alone.
+        complete_mue("complete-mue, completep's head", Rule(multiplier=1 / fan_in)),
     )
 }
+
+
+def _regime(name: str, router: Rule, routed: Monomial | float, eps: dict[str, Monomial]) -> Parametrization:
+    """muP in one regime of arXiv 2605.14200, for Adam and sigmoid gates; eps: role -> its factor. The paper writes no multiplier
+    but that of the routed sum, so the head's smallness is in its init and its LR."""
+    hidden = Rule(init_var=1 / fan_in, lr=1 / fan_in, eps=1 / width)
+    rows = {
+        "embedding": Rule(eps=1 / width),
+        "unembedding": Rule(init_var=1 / fan_in**2, lr=1 / fan_in),
+        "attention": hidden,
+        "experts_up": replace(hidden, eps=eps["experts_up"]),
+        "experts_down": replace(hidden, eps=eps["experts_down"]),
+        "router": replace(router, lr=1 / fan_in, eps=eps["router"]),
+        "routed": Rule(multiplier=routed),
+    }
+    return Parametrization(name, rows)
+
+
+# arXiv 2605.14200 and its code (mssp-moe): three regimes, in which other sizes grow with the width. I: the experts' size; II:
+# their number, at a fixed size; III: both. muP and MSSP differ in one entry of each. In III this is no cell: MSSP starts
+# with equal experts (`Config.same_start`), so both have the table "mup III".
+_experts = n_experts * granularity
+_eps_i = {"experts_up": 1 / width, "experts_down": 1 / width, "router": 1}
+_eps_ii = {"experts_up": 1 / _experts, "experts_down": 1 / (width * _experts), "router": 1 / _experts}
+_eps_iii = {**_eps_ii, "experts_up": 1 / (width * _experts)}
+_mup_i = _regime("mup I", Rule(init_var=1 / fan_in**2), 1, _eps_i)
+_mup_ii = _regime("mup II", Rule(init_var=1 / fan_in), 1 / _experts, _eps_ii)
+REGIMES: dict[str, Parametrization] = {
+    rule.name: rule
+    for rule in (
+        _mup_i,
+        _mup_i.replace("router", "mssp I", init_var=0),
+        _mup_ii,
+        _mup_ii.replace("experts_down", "mssp II", init_var=_experts / fan_in),
+        _regime("mup III", Rule(init_var=1 / fan_in), 1 / _experts, _eps_iii),
+    )
+}
+
+
+def square_root_rule(table: Parametrization, name: str) -> Parametrization:
+    """The table with the square-root rule for batch and duration: with m_B the ratio of the batches and m_D that of the tokens
+    seen, LR and weight decay times (m_B / m_D)^1/2, eps over it, and 1 - beta times m_B / m_D (Complete(d)P, arXiv 2512.22382,
+    Table 1; Complete-muE, arXiv 2605.23893). `param_groups` then needs `betas` and `training`."""
+    sde = (batch / duration) ** 0.5
+
+    def moved(rule: Rule) -> Rule:
+        cells = {"lr": rule.lr * sde, "weight_decay": rule.weight_decay * sde, "eps": rule.eps / sde}
+        return replace(rule, one_minus_beta=rule.one_minus_beta * sde**2, **cells)
+
+    return Parametrization(name, {role: rule if role in SCALES else moved(rule) for role, rule in table.rules})
 
 
 # What a library does that knows of no width: one init std and one LR for every matrix, at every size (transformers' own

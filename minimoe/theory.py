@@ -184,7 +184,8 @@ def predicted_exponents(config: Config, axis: str = "width", learned: bool = Fal
 def exponents_between(small: Config, large: Config, axis: str, learned: bool = False) -> dict[tuple[str, str], float]:
     """The same between two configs, in which `axis`, and perhaps others of AXES with it, have grown by powers of one ratio:
     that of `axis`. Empty where a size has grown of which there is no theory, or their tables differ."""
-    if small.top_k * large.n_experts != large.top_k * small.n_experts:
+    more_shared = small.n_shared and small.granularity != large.granularity
+    if small.top_k * large.n_experts != large.top_k * small.n_experts or more_shared:
         return {}
     free = (*AXES, "top_k", *(f"base_{name}" for name in BASED), *LOSS_WEIGHTS, "seed")
     neutral = {name: getattr(small, name) for name in free}
@@ -225,6 +226,7 @@ class _Growths:
         self.sites = _one_layer(small)
         self.depth, self.active = (self._log(getattr(large, n), getattr(small, n)) for n in ("depth", "active_experts"))
         self.gate = 0.0 if small.gates == "sigmoid" else -self.active  # of an active expert: the others' sum is a constant share
+        self.terms = self.active if small.same_start else self.active / 2  # of the routed sum at init: equal, or independent
         self.mixed = {a.name: self._log(b.mixed, a.mixed) for a, b in zip(self.sites, _one_layer(large), strict=True)}
         self.weights = dict(self._weights(small, large))
         self.found: dict[str, Growth] = {}
@@ -239,8 +241,9 @@ class _Growths:
                 continue  # its gates flatten or sharpen with the size, far from any limit
             if not math.isnan(growth.init):
                 yield (site.name, "init"), growth.init
-            if site.parameters:
+            if site.parameters or site.made_by == "mixture":
                 yield (site.name, "update"), growth.update
+            if site.parameters:
                 allocations = [self._law(site, name, self.signals[site.name]).allocation for name in site.parameters]
                 if not math.isnan(allocation := max(allocations)):
                     yield (site.name, "allocation"), allocation
@@ -252,8 +255,8 @@ class _Growths:
             return Growth(max(law.init for law in laws), max(law.update for law in laws))
         if site.made_by == "product":
             return Growth(sum(init for _, init in parts), math.nan)
-        if site.made_by == "mixture":  # K independent outputs, each with its gate
-            return Growth(parts[-1][1] + self.gate + self.active / 2, math.nan)
+        if site.made_by == "mixture":  # K outputs, each with its gate
+            return Growth(parts[-1][1] + self.gate + self.terms, self.found[site.made_of[-1]].update + self.gate + self.active)
         layers = {other.name: 0.0 if other.layer == OUTSIDE else self.depth / 2 for other in self.sites}  # independent ones
         return Growth(max((init + layers[name] for name, init in parts if not math.isnan(init)), default=math.nan), math.nan)
 

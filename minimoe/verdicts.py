@@ -48,8 +48,8 @@ def exponents(
 
     Where the depth grows, layers are compared as "first", "last" and "sum" (see `layers_compared`), and muP's question is
     put to the sum of the allocations. Where the number of experts grows, it is put to the allocations alone; where their size
-    grows, to the weights alone. (Over granularities, one expert's update or init may well shrink or explode in a layer that is
-    as it should be: what counts is the mixture's init, and the allocations.)
+    grows, to the weights alone. Where more experts are active, the init and the update of one expert's outer weight may well
+    shrink in a layer that is as it should be: the question is put to the mixture's in their place.
 
     Raises ValueError for an empty frame, one size, two sizes that do not grow together, or a step that the frame does not
     have.
@@ -80,6 +80,7 @@ class _Judgement:
 
     def __init__(self, rows: pd.DataFrame, axis: str):
         self.all, self.axis, self.deep = rows, axis, (rows.layer == "sum").any()
+        self.more_active = {"top_k", "granularity"} <= set(rows) and (rows.top_k * rows.granularity).nunique() > 1
         self.groups = dict(list(rows.groupby(["layer", "tensor", "quantity"], sort=False)))
         self.slopes = {key: _slope(group[axis].to_numpy(), group.value.to_numpy(), key[2]) for key, group in self.groups.items()}
         self.closure, self.why = _closure(rows[rows.tensor == LOSS], axis)
@@ -125,6 +126,9 @@ class _Judgement:
         if self.axis == "n_experts" and quantity != "allocation":
             return False
         if self.axis == "expert_ratio" and group.role.iloc[-1] == NONE:
+            return False
+        is_outer = group.source.iloc[-1] != NONE and group.mixture.iloc[-1] != NONE
+        if self.more_active and is_outer and quantity != "allocation":
             return False
         return quantity in JUDGED and (group.role.iloc[-1] != NONE or not group.predicted.isna().all())
 
