@@ -32,7 +32,7 @@ from minimoe import (
     sweep,
     transfer_report,
 )
-from minimoe.arms import ARMS, EXPERT_ARMS
+from minimoe.arms import ARMS, BRIDGE_ARMS, EXPERT_ARMS, REGIME_ARMS
 from minimoe.learning import books
 from minimoe.linearisations import linearisation as distances
 from minimoe.parametrization import width as width_ratio
@@ -236,6 +236,45 @@ def width_depth() -> None:
     sweep(None, ("mup", "completep"), DEPTH_HALVES, SEEDS, STEPS // 2, options=OPTIONS, store=store, path=path, base_depth=2)
 
 
+BRIDGE_HALVES = [2.0 ** (half / 2) for half in range(-15, -7)]  # the dense model's optimum is at 2^-6
+DENSE_BASE = {"base_width": 64, "base_n_experts": 1, "base_top_k": 1, "base_granularity": 1, "base_expert_ratio": 4}
+DENSE_BASE |= {"base_n_shared": 0}
+
+
+def bridges() -> None:
+    """From a dense model to mixtures of the same active size under complete-mue, and to three of them without a rule."""
+    for steps in (STEPS, STEPS // 2):
+        for arm in BRIDGE_ARMS.values():
+            fields = {"options": OPTIONS, "store": SWEEPS / "bridges.jsonl", **DENSE_BASE, **arm.fields}
+            sweep((64,), (arm.table,), BRIDGE_HALVES, SEEDS, steps, **fields)
+
+
+REGIME_HALVES = [2.0 ** (half / 2) for half in range(-13, -4)]
+REGIME_WIDTHS = (128, 64, 32)
+REGIME_PATHS = {  # of arXiv 2605.14200, each from 4 or 8 experts of the width at width 32
+    "I": ({"width": REGIME_WIDTHS}, {"n_experts": 8, "top_k": 8, "expert_ratio": 1}),
+    "II": (
+        {"width": REGIME_WIDTHS, "granularity": (4, 2, 1)},
+        {"n_experts": 4, "top_k": 2, "base_granularity": 1, "expert_ratio": 1},
+    ),
+    "III": (
+        {"width": REGIME_WIDTHS, "n_experts": (16, 8, 4), "top_k": (8, 4, 2)},
+        {"base_n_experts": 4, "base_top_k": 2, "expert_ratio": 1},
+    ),
+}
+
+
+def regimes() -> None:
+    """muP and MSSP in the three regimes in which experts grow with the width."""
+    store = SWEEPS / "regimes.jsonl"
+    for steps, ends in ((STEPS, slice(None)), (STEPS // 2, slice(None, None, 2))):
+        for name, arm in REGIME_ARMS.items():
+            path, sizes = REGIME_PATHS[name.split()[-1]]
+            path = {size: values[ends] for size, values in path.items()}
+            fields = {"options": OPTIONS, "store": store, "path": path, **sizes, **arm.fields}
+            sweep(None, (arm.table,), REGIME_HALVES, SEEDS, steps, **fields)
+
+
 def tiny(name: str, **changes) -> Plan:
     """transformers' Mixtral or OLMoE in a tiny size, as the library initialises it, adopted; its base width is 64."""
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 64, "vocab_size": 96}
@@ -386,6 +425,8 @@ SWEPT = (
     expert_size,
     width_depth,
     share_batch,
+    bridges,
+    regimes,
 )
 MADE = {made.__name__: made for made in (coordinates, axes, linearisation, mutants, *SWEPT, learning, adopted)}
 

@@ -17,6 +17,11 @@ Two interventions on the balance, under muP at k = 2: tokens that go round the e
 
 Share of active experts (`SHARE_ARMS`): dmft at a fixed share and at other shares; muP with gates that sum to 1, at other shares
 through the number of active experts, and through the number of experts.
+
+From dense to sparse (`BRIDGE_ARMS`): the dense model with a feed-forward network of four times the width, and mixtures with as
+many hidden values at work for each token, under Complete-muE; three of them without a rule (mup, which knows the width alone).
+
+Experts that grow with the width (`REGIME_ARMS`): muP and MSSP in the three regimes of arXiv 2605.14200.
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ import pandas as pd
 
 from .config import points
 from .parametrization import Monomial, Parametrization, fan_in, granularity, width
-from .tables import PARAMETRIZATIONS
+from .tables import PARAMETRIZATIONS, REGIMES
 
 
 class Arm(NamedTuple):
@@ -138,6 +143,27 @@ SHARE_ARMS: dict[str, Arm] = {
     "dmft, k=2": Arm(PARAMETRIZATIONS["dmft"], {"top_k": _two}),
     "mup, E=32, other k": Arm(PARAMETRIZATIONS["mup"], {"n_experts": 32, **_SUM_TO_1}),
     "mup, k=2, other E": Arm(PARAMETRIZATIONS["mup"], {"top_k": _two, **_SUM_TO_1}),
+}
+
+
+def _bridge(active: int, experts: int, shared: int = 0, table: str = "complete-mue") -> Arm:
+    """`active` of `experts` experts and `shared` shared ones (as many, or none), each of 4 n / (active + shared) hidden values;
+    n is the width."""
+    sizes = {"n_experts": experts // active, "top_k": 1, "granularity": active, "expert_ratio": 2 if shared else 4}
+    return Arm(PARAMETRIZATIONS[table], {**sizes, "n_shared": shared // active, "gates": "renormalized sigmoid"})
+
+
+_BRIDGES = [(1, 1), (2, 2), (4, 4), (8, 8), (4, 8), (2, 4), (2, 8), (2, 16), (2, 32), (4, 16), (8, 32)]  # active of all experts
+_WITHOUT = [(8, 8), (2, 8), (2, 32)]
+BRIDGE_ARMS: dict[str, Arm] = (
+    {"dense" if experts == 1 else f"{active} of {experts}": _bridge(active, experts) for active, experts in _BRIDGES}
+    | {f"2 of {experts} + 2 shared": _bridge(2, experts, 2) for experts in (2, 8)}
+    | {f"no rule, {active} of {experts}": _bridge(active, experts, table="mup") for active, experts in _WITHOUT}
+)
+
+_SIGMOID = {"gates": "sigmoid", "balance_weight": 0.01, "same_start": False}
+REGIME_ARMS: dict[str, Arm] = {name: Arm(table, _SIGMOID) for name, table in REGIMES.items()} | {
+    "mssp III": Arm(REGIMES["mup III"], _SIGMOID | {"same_start": True})
 }
 
 

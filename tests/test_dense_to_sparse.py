@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from minimoe import (
+    BRIDGE_ARMS,
     PARAMETRIZATIONS,
     READINGS,
     Config,
@@ -14,13 +15,14 @@ from minimoe import (
     TrainOptions,
     coordinate_check,
     exponents,
+    first_losses,
     predicted_exponents,
+    square_root_rule,
     sweep,
+    upcycled,
 )
 from minimoe.identity import run_key, tensor_numbers
 from minimoe.roles import param_groups
-from minimoe.tables import square_root_rule
-from minimoe.upcycling import first_losses, upcycled
 
 MUE = PARAMETRIZATIONS["complete-mue"]
 FROZEN = MUE.replace("router", "frozen router", init_var=0, lr=0)
@@ -262,3 +264,10 @@ def test_first_losses_lie_on_one_another_until_a_multiplier_is_wrong(corpus):
         first_losses({"dense": config}, 2**-5, 0, corpus=corpus)
     with pytest.raises(ValueError, match=r"variants=.*: must be name -> Config"):
         first_losses({}, 2**-5, corpus=corpus)
+
+
+def test_the_arms_have_one_active_size():
+    for name, arm in BRIDGE_ARMS.items():
+        config = Config(arm.table, width=64, context=16, **arm.fields)
+        assert config.active_width == 4 * 64, name
+        assert name.endswith(f"{config.active_experts} of {config.experts}") or name == "dense" or config.shared_experts == 2

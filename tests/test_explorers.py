@@ -254,7 +254,7 @@ def test_coordinate_explorer_shows_one_tensor(checked):
     for control, value in ((explorer.tensor, "logits"), (explorer.name, "mup"), (explorer.step, 1), (explorer.tensor, "moe")):
         assert picture_changed(explorer, control, value)
     assert set(explorer.slopes().tensor) == {"moe"}
-    assert set(explorer.slopes().quantity) == {"init", "change"}
+    assert set(explorer.slopes().quantity) == {"init", "update", "propagated", "change"}
     explorer.tensor.value = "embedding"
     assert "zero" in explorer.text.value  # its propagated part
     assert "allocation" in explorer.text.value

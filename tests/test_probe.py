@@ -6,6 +6,7 @@ import torch
 
 from minimoe import Config, MiniMoE, coordinate_check
 from minimoe.coordinates import at_init, since
+from minimoe.model import mixture_by_mask
 from minimoe.probe import OUTSIDE, observed, sites
 
 TINY = {"widths": (32, 64), "steps": 2, "seeds": (0,), "n_jobs": 1, "context": 16, "n_experts": 4}
@@ -48,7 +49,7 @@ def test_quantities_are_what_they_are_called(corpus):
     seen = [observed(model, tokens) for model in (start, now)]
     first = {(r["tensor"], r["quantity"]): r["value"] for r in at_init(seen[0])}
     later = {(r["tensor"], r["quantity"]): r["value"] for r in since(*seen)}
-    alignment = {r["tensor"]: r["alignment"] for r in since(*seen) if r["quantity"] == "update"}
+    alignment = {r["tensor"]: r["alignment"] for r in since(*seen) if r["quantity"] == "update" and r["tensor"] != "moe"}
 
     def rms(x):
         return x.square().mean().sqrt().item()
@@ -73,6 +74,12 @@ def test_quantities_are_what_they_are_called(corpus):
             downs.append((h - h0) @ moe0.down[e])
     assert later["up", "update"] == pytest.approx(rms(torch.stack(ups)), rel=1e-5)
     assert later["down", "propagated"] == pytest.approx(rms(torch.stack(downs)), rel=1e-4)
+    # and their sum: the outputs of today's weights, less those of the initial ones on the initial inputs, under today's gates
+    gates, experts = seen[1].gates[0], seen[1].experts[0]
+    mixed = mixture_by_mask(moe, x, gates, experts) - mixture_by_mask(moe0, x0, gates, experts)
+    propagated = (torch.stack(downs).unflatten(0, gates.shape) * gates[..., None]).sum(1)
+    assert later["moe", "propagated"] == pytest.approx(rms(propagated), rel=1e-4)
+    assert later["moe", "update"] == pytest.approx(rms(mixed - propagated), rel=1e-4)
 
 
 def test_observing_changes_nothing_and_leaves_no_hooks(corpus):
