@@ -32,11 +32,11 @@ from minimoe import (
     sweep,
     transfer_report,
 )
-from minimoe.arms import ARMS, BRIDGE_ARMS, EXPERT_ARMS, REGIME_ARMS
+from minimoe.arms import ARMS, BRIDGE_ARMS, EXPERT_ARMS, REGIME_ARMS, Arm
 from minimoe.learning import books
 from minimoe.linearisations import linearisation as distances
 from minimoe.parametrization import width as width_ratio
-from minimoe.tables import READINGS, ROUTER_RULES, WIDTH_TABLES
+from minimoe.tables import READINGS, REGIMES, ROUTER_RULES, WIDTH_TABLES
 from minimoe.verdicts import layers_compared
 
 SWEEPS = Path(__file__).parent / "sweeps"
@@ -249,7 +249,6 @@ def bridges() -> None:
             sweep((64,), (arm.table,), BRIDGE_HALVES, SEEDS, steps, **fields)
 
 
-REGIME_HALVES = [2.0 ** (half / 2) for half in range(-13, -4)]
 REGIME_WIDTHS = (128, 64, 32)
 REGIME_PATHS = {  # of arXiv 2605.14200, each from 4 or 8 experts of the width at width 32
     "I": ({"width": REGIME_WIDTHS}, {"n_experts": 8, "top_k": 8, "expert_ratio": 1}),
@@ -268,11 +267,11 @@ def regimes() -> None:
     """muP and MSSP in the three regimes in which experts grow with the width."""
     store = SWEEPS / "regimes.jsonl"
     for steps, ends in ((STEPS, slice(None)), (STEPS // 2, slice(None, None, 2))):
-        for name, arm in REGIME_ARMS.items():
+        for name, arm in reversed(REGIME_ARMS.items()):
             path, sizes = REGIME_PATHS[name.split()[-1]]
             path = {size: values[ends] for size, values in path.items()}
             fields = {"options": OPTIONS, "store": store, "path": path, **sizes, **arm.fields}
-            sweep(None, (arm.table,), REGIME_HALVES, SEEDS, steps, **fields)
+            sweep(None, (arm.table,), DEPTH_HALVES, SEEDS, steps, **fields)
 
 
 def tiny(name: str, **changes) -> Plan:
@@ -331,20 +330,36 @@ def axes() -> None:
             add_check(axis, table, {**sizes, **fields})
 
 
-def add_check(axis: str, rules, fields: dict) -> None:
-    """Check one table along one axis, and append its exponents and its values after the last step."""
-    exponents_file, values_file = (SWEEPS.parent / f"{name}.csv" for name in ("axes", "axes_values"))
-    name = getattr(rules, "name", rules)
+def add_check(axis: str, rules, fields: dict, stem: str = "axes", name: str | None = None, sized_by: str | None = None) -> None:
+    """Check one table along one axis, and append its exponents and its values after the last step. name: of the table in the
+    files, `sized_by`: the size that grows, where it is not called `axis`."""
+    exponents_file, values_file = (SWEEPS.parent / f"{file}.csv" for file in (stem, f"{stem}_values"))
+    table_name = getattr(rules, "name", rules)
+    name, sized_by = name or table_name, sized_by or axis
     if values_file.exists() and (pd.read_csv(values_file)[["axis", "parametrization"]] == [axis, name]).all(axis=1).any():
         return
     frame = coordinate_check(rules, steps=4, seeds=SEEDS, corpus="pydocs", **fields)
     table, labels = exponents(frame), ["parametrization", "layer", "tensor", "quantity"]
     judged = table[[*labels, "predicted", "measured", "stderr", "agrees", "verdict", "closure", "role", "kind"]]
     last = layers_compared(frame[(frame.step == frame.step.max()) | (frame.quantity == "init")])
-    values = last.groupby([*labels, axis], sort=False).value.agg(["mean", "sem"]).reset_index().rename(columns={axis: "size"})
-    for path, rows in ((exponents_file, judged), (values_file, values)):
-        rows.assign(axis=axis).to_csv(path, mode="a", header=not path.exists(), index=False, float_format="%.4g")
-    print(f"{axis}, {name}: {diagnosis(table, axis)[name]}", flush=True)
+    values = last.groupby([*labels, sized_by], sort=False).value.agg(["mean", "sem"]).reset_index()
+    for path, rows in ((exponents_file, judged), (values_file, values.rename(columns={sized_by: "size"}))):
+        rows = rows.assign(axis=axis, parametrization=name)
+        rows.to_csv(path, mode="a", header=not path.exists(), index=False, float_format="%.4g")
+    print(f"{axis}, {name}: {diagnosis(table, sized_by)[table_name]}", flush=True)
+
+
+def regime_checks() -> None:
+    """Coordinate checks of muP and MSSP in the three regimes, widths 32 to 256; and in the third, of the second's rule."""
+    seconds = REGIMES["mup III"].replace(
+        "experts_down", "III with II's cell", init_var=REGIMES["mssp II"]["experts_down"].init_var
+    )
+    arms = REGIME_ARMS | {seconds.name: Arm(seconds, REGIME_ARMS["mup III"].fields)}
+    for name, arm in arms.items():
+        regime = "III" if "III" in name else name.split()[1]
+        path, sizes = REGIME_PATHS[regime]
+        path = {size: (2 * values[0], *values) for size, values in path.items()}
+        add_check(regime, arm.table, {"path": path, **sizes, **arm.fields}, "regimes", name, "width")
 
 
 def linearisation() -> None:
@@ -428,7 +443,7 @@ SWEPT = (
     bridges,
     regimes,
 )
-MADE = {made.__name__: made for made in (coordinates, axes, linearisation, mutants, *SWEPT, learning, adopted)}
+MADE = {made.__name__: made for made in (coordinates, axes, linearisation, regime_checks, mutants, *SWEPT, learning, adopted)}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or MADE:
