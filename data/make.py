@@ -25,6 +25,7 @@ from minimoe import (
     diagnosis,
     exponents,
     fan_in,
+    first_losses,
     growing,
     mutations,
     read_sweep,
@@ -242,11 +243,20 @@ DENSE_BASE |= {"base_n_shared": 0}
 
 
 def bridges() -> None:
-    """From a dense model to mixtures of the same active size under complete-mue, and to three of them without a rule."""
+    """From a dense model to mixtures of the same active size under complete-mue; to three of them without its route scale, and under
+    mup."""
     for steps in (STEPS, STEPS // 2):
         for arm in BRIDGE_ARMS.values():
             fields = {"options": OPTIONS, "store": SWEEPS / "bridges.jsonl", **DENSE_BASE, **arm.fields}
             sweep((64,), (arm.table,), BRIDGE_HALVES, SEEDS, steps, **fields)
+
+
+def overlay() -> None:
+    """The losses of the first 100 steps of each of these, at the LR that is best for the dense model."""
+    path = SWEEPS.parent / "overlay.csv"
+    if not path.exists():
+        variants = {name: Config(arm.table, width=64, **DENSE_BASE, **arm.fields) for name, arm in BRIDGE_ARMS.items()}
+        first_losses(variants, 2.0**-6, seeds=SEEDS, corpus="pydocs").to_csv(path, index=False, float_format="%.5g")
 
 
 REGIME_WIDTHS = (128, 64, 32)
@@ -443,7 +453,9 @@ SWEPT = (
     bridges,
     regimes,
 )
-MADE = {made.__name__: made for made in (coordinates, axes, linearisation, regime_checks, mutants, *SWEPT, learning, adopted)}
+MADE = {
+    made.__name__: made for made in (coordinates, axes, linearisation, regime_checks, overlay, mutants, *SWEPT, learning, adopted)
+}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or MADE:

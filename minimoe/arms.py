@@ -19,7 +19,8 @@ Share of active experts (`SHARE_ARMS`): dmft at a fixed share and at other share
 through the number of active experts, and through the number of experts.
 
 From dense to sparse (`BRIDGE_ARMS`): the dense model with a feed-forward network of four times the width, and mixtures with as
-many hidden values at work for each token, under Complete-muE; three of them without a rule (mup, which knows the width alone).
+many hidden values at work for each token, under Complete-muE; three of them also without its route scale ("R = 1"), and under
+mup, whose down projection goes by its own fan_in.
 
 Experts that grow with the width (`REGIME_ARMS`): muP and MSSP in the three regimes of arXiv 2605.14200.
 """
@@ -146,19 +147,24 @@ SHARE_ARMS: dict[str, Arm] = {
 }
 
 
-def _bridge(active: int, experts: int, shared: int = 0, table: str = "complete-mue") -> Arm:
+_MUE = PARAMETRIZATIONS["complete-mue"]
+_NO_ROUTE_SCALE = _MUE.replace("routed", "complete-mue, R = 1", multiplier=1)
+
+
+def _bridge(active: int, experts: int, shared: int = 0, table: Parametrization = _MUE) -> Arm:
     """`active` of `experts` experts and `shared` shared ones (as many, or none), each of 4 n / (active + shared) hidden values;
     n is the width."""
     sizes = {"n_experts": experts // active, "top_k": 1, "granularity": active, "expert_ratio": 2 if shared else 4}
-    return Arm(PARAMETRIZATIONS[table], {**sizes, "n_shared": shared // active, "gates": "renormalized sigmoid"})
+    return Arm(table, {**sizes, "n_shared": shared // active, "gates": "renormalized sigmoid"})
 
 
-_BRIDGES = [(1, 1), (2, 2), (4, 4), (8, 8), (4, 8), (2, 4), (2, 8), (2, 16), (2, 32), (4, 16), (8, 32)]  # active of all experts
+_BRIDGES = [(1, 1), (8, 8), (2, 8), (2, 32), (4, 8), (2, 2), (2, 4), (2, 16), (4, 4), (4, 16), (8, 32)]  # active of all experts
 _WITHOUT = [(8, 8), (2, 8), (2, 32)]
 BRIDGE_ARMS: dict[str, Arm] = (
     {"dense" if experts == 1 else f"{active} of {experts}": _bridge(active, experts) for active, experts in _BRIDGES}
     | {f"2 of {experts} + 2 shared": _bridge(2, experts, 2) for experts in (2, 8)}
-    | {f"no rule, {active} of {experts}": _bridge(active, experts, table="mup") for active, experts in _WITHOUT}
+    | {f"R = 1, {active} of {experts}": _bridge(active, experts, table=_NO_ROUTE_SCALE) for active, experts in _WITHOUT}
+    | {f"mup, {active} of {experts}": _bridge(active, experts, table=PARAMETRIZATIONS["mup"]) for active, experts in _WITHOUT}
 )
 
 _SIGMOID = {"gates": "sigmoid", "balance_weight": 0.01, "same_start": False}
