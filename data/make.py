@@ -243,8 +243,8 @@ DENSE_BASE |= {"base_n_shared": 0}
 
 
 def bridges() -> None:
-    """From a dense model to mixtures of the same active size under complete-mue; to three of them without its route scale, and under
-    mup."""
+    """From a dense model to mixtures of the same active size under complete-mue; to three of them also without its route scale,
+    and under mup."""
     for steps in (STEPS, STEPS // 2):
         for arm in BRIDGE_ARMS.values():
             fields = {"options": OPTIONS, "store": SWEEPS / "bridges.jsonl", **DENSE_BASE, **arm.fields}

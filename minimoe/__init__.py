@@ -14,6 +14,7 @@ _HOMES = {
     "allocations": ("Ledger", "allocation"),
     "arms": ("ARMS", "BRIDGE_ARMS", "EXPERT_ARMS", "REGIME_ARMS", "SHARE_ARMS", "labelled"),
     "causal": ("growing",),
+    "comparison_figures": ("overlay_curves", "three_terms", "verdict_map"),
     "config": ("Config",),
     "coordinate_figures": ("coordinate_curves", "exponents_chart", "router_rules", "tensor_curves"),
     "coordinates": ("coordinate_check",),

@@ -185,7 +185,8 @@ def exponents_between(small: Config, large: Config, axis: str, learned: bool = F
     """The same between two configs, in which `axis`, and perhaps others of AXES with it, have grown by powers of one ratio:
     that of `axis`. Empty where a size has grown of which there is no theory, or their tables differ."""
     more_shared = small.n_shared and small.granularity != large.granularity
-    if small.top_k * large.n_experts != large.top_k * small.n_experts or more_shared:
+    one_is_dense = (small.experts == 1) != (large.experts == 1)
+    if small.top_k * large.n_experts != large.top_k * small.n_experts or more_shared or one_is_dense:
         return {}
     free = (*AXES, "top_k", *(f"base_{name}" for name in BASED), *LOSS_WEIGHTS, "seed")
     neutral = {name: getattr(small, name) for name in free}

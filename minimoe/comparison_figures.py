@@ -1,4 +1,4 @@
-"""Pictures of checks of several tables along several paths of sizes: rows of exponents in, a matplotlib Figure out."""
+"""Pictures that set several tables or models beside one another: rows of checks or of losses in, a matplotlib Figure out."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ TERMS = {  # of a sum over experts, after a few steps -> what the legend says
     "update": "effective: $\\Delta W\\,h$",
     "propagated": "propagating: $W_0\\,\\Delta h$",
 }
+SMOOTH = 5  # steps of an overlay's running mean
 STRONGEST = 0.75  # the exponent at which a map's colours are strongest
 
 
@@ -95,4 +96,31 @@ def verdict_map(judged: pd.DataFrame, columns: list[str]) -> Figure:
     axes.set_ylim(len(tensors) - 0.5, -0.5)
     for side in axes.spines.values():
         side.set_visible(False)
+    return figure
+
+
+def overlay_curves(frame: pd.DataFrame, panels: dict[str, list[str]], reference: str = "dense") -> Figure:
+    """The loss of each variant less that of the reference, seed by seed, at each of the first steps: a panel for each list of
+    variants. Mean over the seeds and over five steps, with a band of one standard error.
+
+    frame: from `upcycling.first_losses`. panels: title -> variants. Raises ValueError for a variant without rows.
+    """
+    losses = frame.pivot(index=["seed", "step"], columns="variant", values="loss")
+    for name in (reference, *(name for names in panels.values() for name in names)):
+        require(name in losses, "panels", name, "the frame has no rows of this variant")
+    gaps = losses.sub(losses[reference], axis=0)
+    figure = Figure(figsize=(4.6 * len(panels) + 0.4, 3.8), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels.items(), strict=True):
+        for place, name in enumerate(names):
+            own = gaps[name].unstack("seed").rolling(SMOOTH, min_periods=1).mean()
+            mean, error = own.mean(axis=1), own.sem(axis=1)
+            colour = LOOKS[place % len(LOOKS)]
+            axes.plot(own.index + 1, mean, color=colour, label=plain(name), linewidth=1.6)
+            axes.fill_between(own.index + 1, mean - error, mean + error, color=colour, alpha=0.15, linewidth=0)
+        axes.axhline(0, color=QUIET, linewidth=0.8)
+        axes.set_title(plain(title), fontsize=11)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, fontsize=8)
+    figure.supylabel(f"loss less that of {plain(reference)}, nats", fontsize=10)
     return figure
