@@ -63,11 +63,18 @@ def write(folder: Path, address: str) -> list[Path]:
     return written
 
 
+def held() -> list[Path]:
+    """The files of the archive: the package, and of the data what a notebook names."""
+    named = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "notebooks").glob("*.ipynb"))
+    found = {path for pattern in HELD for path in ROOT.glob(pattern) if path.is_file()}
+    return sorted(path for path in found if ROOT / "data" not in path.parents or path.stem in named)
+
+
 def archive() -> bytes:
     """What a notebook needs, below one folder; the same bytes for the same files."""
     packed = io.BytesIO()
     with gzip.GzipFile(fileobj=packed, mode="wb", mtime=0) as zipped, tarfile.open(fileobj=zipped, mode="w") as tar:
-        for path in sorted({path for pattern in HELD for path in ROOT.glob(pattern) if path.is_file()}):
+        for path in held():
             content = path.read_bytes()
             entry = tarfile.TarInfo(f"{NAME}/{path.relative_to(ROOT).as_posix()}")
             entry.size = len(content)
