@@ -11,7 +11,20 @@ from pathlib import Path
 
 import pandas as pd
 
-from minimoe import ARMS, EXPERT_ARMS, SHARE_ARMS, drift_words, labelled, read_adopted, read_sweep, summary, transfer_report
+from minimoe import (
+    ARMS,
+    BRIDGE_ARMS,
+    EXPERT_ARMS,
+    REGIME_ARMS,
+    SHARE_ARMS,
+    drift_words,
+    labelled,
+    read_adopted,
+    read_sweep,
+    summary,
+    transfer_report,
+)
+from minimoe.transfer import seed_optima
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "findings.md"
@@ -112,6 +125,8 @@ def tables() -> dict[str, str]:
     made |= {name: drift_table(rows, "granularity") for name, rows in granularities.items()}
     models = {"adopted models": ADOPTED, "other bases": OTHER_BASES}
     made |= {name: drift_table(rows, by) for name, (rows, by) in of_depth_and_experts().items()}
+    bridges = labelled(stores("bridges"), BRIDGE_ARMS)
+    made |= {f"bridges{end}": bridges_table(bridges[bridges.steps == steps]) for end, steps in LENGTHS.items()}
     made |= {"checks": checks_table(pd.read_csv(SWEEPS.parent / "axes.csv"))}
     return made | {name: drift_table(adopted(names), "width") for name, names in models.items()}
 
@@ -126,6 +141,7 @@ def of_depth_and_experts() -> dict[str, tuple[pd.DataFrame, str]]:
         "experts under dmft": (share[dmft], "n_experts"),
         "share": (share[~dmft], "share"),
         "size of the experts": (stores("expert_size"), "expert_ratio"),
+        "regimes": (labelled(stores("regimes"), REGIME_ARMS), "width"),
     }
     lengths = ((name + end, rows[rows.steps == steps], by) for name, (rows, by) in both.items() for end, steps in LENGTHS.items())
     batch = {"share, four times the batch": (shares(stores("share_batch")), "share")}
@@ -137,6 +153,28 @@ def shares(rows: pd.DataFrame) -> pd.DataFrame:
     rows = labelled(rows[rows.width == 64], SHARE_ARMS)
     rows = rows.assign(share=rows.top_k / rows.n_experts)
     return with_all_seeds(rows[rows.share <= 1 / 2], "share")
+
+
+def bridges_table(rows: pd.DataFrame, reference: str = "dense") -> str:
+    """Each arm's best LR, its distance from the dense model's (seed by seed), what the dense model's LR costs there, and the
+    best loss: a row per arm, as markdown."""
+    octaves = seed_optima(rows, "steps").pivot(index="parametrization", columns="seed", values="best_octave")
+    losses = rows.pivot(index=["parametrization", "seed"], columns="lr", values="val_loss")
+    best = losses.groupby("parametrization").mean()
+    transferred = best.loc[reference].idxmin()
+    lines = [["arm", "best log2 LR", "less that of dense, octaves", "regret at the dense LR, nats", "best loss"], ["---"] * 5]
+    for name in BRIDGE_ARMS:
+        own, moved = octaves.loc[name], octaves.loc[name] - octaves.loc[reference]
+        regret = losses.loc[name][transferred] - losses.loc[name][best.loc[name].idxmin()]
+        said = "" if name == reference else drift_words(moved.mean(), moved.sem()).replace("|", "\\|")
+        cells = [
+            measured(own.mean(), own.sem()),
+            said,
+            f"{regret.mean():.3f} ± {regret.sem():.3f}",
+            f"{best.loc[name].min():.3f}",
+        ]
+        lines.append([name, *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def checks_table(axes: pd.DataFrame) -> str:
