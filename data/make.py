@@ -361,10 +361,9 @@ def add_check(axis: str, rules, fields: dict, stem: str = "axes", name: str | No
 
 def regime_checks() -> None:
     """Coordinate checks of muP and MSSP in the three regimes, widths 32 to 256; and in the third, of the second's rule."""
-    seconds = REGIMES["mup III"].replace(
-        "experts_down", "III with II's cell", init_var=REGIMES["mssp II"]["experts_down"].init_var
-    )
-    arms = REGIME_ARMS | {seconds.name: Arm(seconds, REGIME_ARMS["mup III"].fields)}
+    init_var = REGIMES["mssp II"]["experts_down"].init_var
+    crossed = REGIMES["mup III"].replace("experts_down", "III with II's cell", init_var=init_var)
+    arms = REGIME_ARMS | {crossed.name: Arm(crossed, REGIME_ARMS["mup III"].fields)}
     for name, arm in arms.items():
         regime = "III" if "III" in name else name.split()[1]
         path, sizes = REGIME_PATHS[regime]

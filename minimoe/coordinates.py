@@ -38,7 +38,7 @@ from .corpus import Corpus, load_corpus
 from .grids import Planned, planned_runs
 from .model import MiniMoE
 from .parametrization import Parametrization
-from .probe import OUTSIDE, Observed, Site, observed, output, route_by, sites
+from .probe import OUTSIDE, Observed, observed, output, route_by, sites
 from .room import require_memory
 from .step import SingleRun, TrainOptions, losses
 from .theory import NONE, TOLERANCE, exponents_between, site_labels
@@ -262,29 +262,23 @@ def at_init(start: Observed) -> Iterator[dict]:
 
 def since(start: Observed, now: Observed) -> Iterator[dict]:
     """A row for every site's update, propagated part and change. Both models are measured under today's choice of experts."""
-    for place, site in now.sites.items():
+    parts = {}
+    for place, site in now.sites.items():  # those with a weight come first
         before, labels = start.sites[place], (site.layer, site.name)
         if site.weight is not None:
-            chosen = now.experts[site.layer]
-            update, propagated = parts_of_change(before, site, chosen)
-            (x, serving), moved = site.input(chosen), site.weight - before.weight
+            (x, serving), (x0, _) = (seen.input(now.experts[site.layer]) for seen in (site, before))
+            moved = site.weight - before.weight
+            update, propagated = parts[place] = output(x, moved, serving), output(x - x0, before.weight, serving)
             largest = rms(output(x.abs(), moved.abs(), serving))
             yield _row(*labels, "update", rms(update), alignment=rms(update) / largest if largest else math.nan)
             yield _row(*labels, "propagated", rms(propagated))
             yield _row(*labels, "change", rms(update + propagated))
             continue
         if site.made_by == "mixture":
-            outer, gates = (site.layer, site.made_of[-1]), now.gates[site.layer]
-            parts = parts_of_change(start.sites[outer], now.sites[outer], now.experts[site.layer])
-            for quantity, part in zip(("update", "propagated"), parts, strict=True):
-                yield _row(*labels, quantity, rms(gated_sum(part, gates)))
+            update, propagated = (gated_sum(part, now.gates[site.layer]) for part in parts[site.layer, site.made_of[-1]])
+            yield _row(*labels, "update", rms(update))
+            yield _row(*labels, "propagated", rms(propagated))
         yield _row(*labels, "change", rms(site.output - before.output))
-
-
-def parts_of_change(before: Site, site: Site, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """(dW x, W0 (x - x0)) of a site with a weight, each (n, fan_out), under this choice of experts (N, K)."""
-    (x, serving), (x0, _) = (seen.input(chosen) for seen in (site, before))
-    return output(x, site.weight - before.weight, serving), output(x - x0, before.weight, serving)
 
 
 def gated_sum(rows: Tensor, gates: Tensor) -> Tensor:

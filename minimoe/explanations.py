@@ -142,7 +142,7 @@ def _rows_of_config(config: Config, lr: float) -> pd.DataFrame:
                 "fan_in": role.fan_in(shape),
                 "parameters": param.numel(),
                 "flops": _flops(config, param),
-                "ratio": role.ratios["fan_in"],
+                "ratio": role.ratios.get("fan_in", 1.0),  # none of a gain
                 "init_std": cells.std,
                 "multiplier": cells.multiplier,
                 "lr": cells.lr,
@@ -163,7 +163,7 @@ def _rows_of_config(config: Config, lr: float) -> pd.DataFrame:
 
 def _in_width(rule: Rule) -> Rule:
     """The rule with only those ratios that grow with the width."""
-    others = dict.fromkeys(rule.ratios - {"fan_in", "width", "expert_width"}, 1.0)
+    others = dict.fromkeys(rule.ratios - {"fan_in", "width", "expert_width", "active_width"}, 1.0)
     cells = {}
     for cell in ("init_var", "multiplier", "lr"):
         monomial = getattr(rule, cell)
@@ -176,6 +176,5 @@ def _flops(config: Config, param: nn.Parameter) -> int:
     """2 per weight that a token meets: none of an embedding's (it is looked up), the active share of the experts'."""
     if param.role.name == "embedding":
         return 0
-    stacked = {"experts_up": config.active_experts, "experts_down": config.active_experts}  # (E, fan_in, fan_out)
-    active = stacked.get(param.role.name, param.shape[0] if param.ndim == 3 else 1)
-    return 2 * active * param.shape[-2] * param.shape[-1]
+    routed = param.role.name in ("experts_up", "experts_down")
+    return 2 * param.numel() * (config.active_experts if routed else config.experts) // config.experts

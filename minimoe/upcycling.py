@@ -17,12 +17,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .checks import positive, require, whole
+from .checks import require
 from .config import Config
 from .corpus import Corpus, load_corpus
 from .model import MiniMoE
 from .step import SingleRun, TrainOptions, lr_factors
-from .training import TextData, one_thread, windows
+from .training import TextData, check_training, one_thread, windows
 
 MAY_DIFFER = ("n_experts", "top_k", "granularity", "expert_ratio", "n_shared", "gates", "bias_rate", "balance_weight", "z_weight")
 
@@ -35,8 +35,9 @@ def upcycled(dense: MiniMoE, config: Config) -> MiniMoE:
     Raises ValueError for a model that is not dense, a config that differs from the dense one in more than its experts, gates and
     balance, or experts whose size does not divide that of the dense network.
     """
-    require(dense.config.experts == 1, "dense", f"{dense.config.experts} experts", "must have one expert and no shared ones")
-    require(not dense.config.n_shared, "dense", f"n_shared={dense.config.n_shared}", "must have one expert and no shared ones")
+    counted = f"{dense.config.experts} experts and {dense.config.shared_experts} shared ones"
+    alone = (dense.config.experts, dense.config.n_shared) == (1, 0)
+    require(alone, "dense", counted, "must have one expert and no shared ones")
     for name, value in dense.config.shape.items():
         if name not in MAY_DIFFER and getattr(config, name) != value:
             raise ValueError(f"{name}={getattr(config, name)!r}: the dense model has {value!r}")
@@ -84,9 +85,9 @@ def first_losses(
     Raises ValueError or TypeError for bad input.
     """
     require(variants, "variants", variants, "must be name -> Config")
-    lr = positive("lr", lr)
-    require(whole(steps, 1), "steps", steps, "must be a positive integer")
-    data, rows = TextData(load_corpus(corpus), torch.device("cpu")), []
+    corpus = load_corpus(corpus)
+    steps = check_training([(config, lr) for config in variants.values()], corpus, steps)
+    data, rows = TextData(corpus, torch.device("cpu")), []
     with one_thread():
         for name, config in variants.items():
             for seed in seeds:

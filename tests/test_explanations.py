@@ -72,3 +72,20 @@ def test_other_things_are_refused():
         explain("mup")
     with pytest.raises(TypeError, match=r"got Linear; for other models there is adopt"):
         explain(torch.nn.Linear(3, 3))
+
+
+def test_gains_and_shared_experts_are_explained():
+    config = Config("mup", width=64, n_experts=8, top_k=2, n_shared=1, gains=True)
+    rows = explain(config).set_index("name")
+    gain, up, shared = (rows.loc[f"blocks.0.{name}"] for name in ("moe_norm.gain", "moe.up", "moe.shared_up"))
+    assert (gain.ratio, gain.flops) == (1, 2 * 64)
+    assert up.flops == 2 * 2 * 64 * 128  # two of eight matrices
+    assert shared.flops == 2 * 64 * 128  # the whole of one
+    assert up.kind == shared.kind == "hidden"
+
+
+def test_the_active_width_grows_with_the_width():
+    """Complete-muE's down projection: its multiplier, width over active width, stays; it is muP's hidden weight."""
+    down = explain(Config("complete-mue", width=64, gates="renormalized sigmoid")).set_index("name").loc["blocks.0.moe.down"]
+    assert "its output at init does not depend on width, an Adam step's effect on it does not depend on width" in down.why
+    assert down.why.endswith(": as muP wants it")

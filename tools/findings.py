@@ -59,8 +59,13 @@ def drift_table(frame: pd.DataFrame, by: str) -> str:
         cells += [*(words.replace("|", "\\|") for words in drifts), regret]
         cells += [f"{found.best_loss:.3f}" if found else "" for found in own]
         rows.append([row.parametrization, *cells, str(row.seeds_with_optimum)])
-    rows.insert(1, ["---"] * len(rows[0]))
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(rows)
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """The rows as a table, the first one its header."""
+    header, *body = rows
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *body))
 
 
 def three_seeds(frame: pd.DataFrame, by: str) -> pd.DataFrame:
@@ -128,6 +133,8 @@ def tables() -> dict[str, str]:
     bridges = labelled(stores("bridges"), BRIDGE_ARMS)
     made |= {f"bridges{end}": bridges_table(bridges[bridges.steps == steps]) for end, steps in LENGTHS.items()}
     made |= {"checks": checks_table(pd.read_csv(SWEEPS.parent / "axes.csv"))}
+    made |= {"overlay": overlay_table(pd.read_csv(SWEEPS.parent / "overlay.csv"))}
+    made |= {"regime checks": regime_checks_table(pd.read_csv(SWEEPS.parent / "regimes.csv"))}
     return made | {name: drift_table(adopted(names), "width") for name, names in models.items()}
 
 
@@ -162,32 +169,54 @@ def bridges_table(rows: pd.DataFrame, reference: str = "dense") -> str:
     losses = rows.pivot(index=["parametrization", "seed"], columns="lr", values="val_loss")
     best = losses.groupby("parametrization").mean()
     transferred = best.loc[reference].idxmin()
-    lines = [["arm", "best log2 LR", "less that of dense, octaves", "regret at the dense LR, nats", "best loss"], ["---"] * 5]
+    lines = [["arm", "best log2 LR", "less that of dense, octaves", "regret at the dense LR, nats", "best loss"]]
     for name in BRIDGE_ARMS:
         own, moved = octaves.loc[name], octaves.loc[name] - octaves.loc[reference]
         regret = losses.loc[name][transferred] - losses.loc[name][best.loc[name].idxmin()]
         said = "" if name == reference else drift_words(moved.mean(), moved.sem()).replace("|", "\\|")
-        cells = [
-            measured(own.mean(), own.sem()),
-            said,
-            f"{regret.mean():.3f} ± {regret.sem():.3f}",
-            f"{best.loc[name].min():.3f}",
-        ]
-        lines.append([name, *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        costs = f"{regret.mean():.3f} ± {regret.sem():.3f}"
+        lines.append([name, measured(own.mean(), own.sem()), said, costs, f"{best.loc[name].min():.3f}"])
+    return markdown(lines)
+
+
+def overlay_table(frame: pd.DataFrame, steps: int = 20, reference: str = "dense") -> str:
+    """The loss of each variant less the dense model's over the last steps of an overlay, seed by seed: as markdown."""
+    losses = frame[frame.step > frame.step.max() - steps].pivot_table(index="seed", columns="variant", values="loss", sort=False)
+    gaps = losses.sub(losses[reference], axis=0).drop(columns=reference)
+    rows = [[name, f"{gap.mean():+.3f} ± {gap.sem():.3f}"] for name, gap in gaps.items()]
+    return markdown([["variant", f"loss less that of dense, nats, last {steps} steps"], *rows])
+
+
+def regime_checks_table(judged: pd.DataFrame) -> str:
+    """The exponents of the routed sum, in the first layer, and of the up projection's allocation, with the predicted ones, and
+    how many of all predictions are met: a row per arm, as markdown."""
+    columns = {
+        "init": ("moe", "init"),
+        "effective update": ("moe", "update"),
+        "propagating update": ("moe", "propagated"),
+        "up's allocation": ("up", "allocation"),
+    }
+    rows = [["arm", *columns, "predictions met"]]
+    for name, own in judged.groupby("parametrization", sort=False):
+        first = own[own.layer == 0].set_index(["tensor", "quantity"])
+        found = [first.loc[key] for key in columns.values()]
+        said = [f"{row.measured:+.2f}" + ("" if math.isnan(row.predicted) else f" ({row.predicted:+.1f})") for row in found]
+        known = own.agrees.dropna().astype(bool)
+        rows.append([name, *said, f"{known.sum()} of {len(known)}"])
+    return markdown(rows)
 
 
 def checks_table(axes: pd.DataFrame) -> str:
     """What the checks condemn along each axis, and how many of the predictions are met: a row per table, as markdown."""
     known = axes[axes.agrees.notna()]
     met = known.agrees.astype(bool).groupby(known.axis, sort=False).agg(["sum", "count"])
-    rows = [["table", *met.index], ["---"] * (1 + len(met))]
+    rows = [["table", *met.index]]
     for name, own in axes[axes.axis == "width"].groupby("parametrization", sort=False):
         own = axes[axes.parametrization == name]
         grown = {axis: list(dict.fromkeys(part.tensor[part.verdict == "explodes"])) for axis, part in own.groupby("axis")}
         rows.append([name, *(", ".join(grown[axis]) or "none" for axis in met.index)])
     rows.append(["predictions met", *(f"{row['sum']} of {row['count']}" for _, row in met.iterrows())])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(rows)
 
 
 def with_all_seeds(frame: pd.DataFrame, by: str, seeds: int = 3) -> pd.DataFrame:
