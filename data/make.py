@@ -33,7 +33,7 @@ from minimoe import (
     sweep,
     transfer_report,
 )
-from minimoe.arms import ARMS, BRIDGE_ARMS, EXPERT_ARMS, REGIME_ARMS, Arm
+from minimoe.arms import ARMS, BRIDGE_ARMS, CAPACITY_ARMS, EXPERT_ARMS, REGIME_ARMS, Arm
 from minimoe.learning import books
 from minimoe.linearisations import linearisation as distances
 from minimoe.parametrization import width as width_ratio
@@ -238,6 +238,7 @@ def width_depth() -> None:
 
 
 BRIDGE_HALVES = [2.0 ** (half / 2) for half in range(-15, -7)]  # the dense model's optimum is at 2^-6
+CAPACITY_HALVES = [2.0**-8.5, 2.0**-8, *BRIDGE_HALVES]  # without the factor the best LR is smaller
 DENSE_BASE = {"base_width": 64, "base_n_experts": 1, "base_top_k": 1, "base_granularity": 1, "base_expert_ratio": 4}
 DENSE_BASE |= {"base_n_shared": 0}
 
@@ -259,7 +260,27 @@ def overlay() -> None:
         first_losses(variants, 2.0**-6, seeds=SEEDS, corpus="pydocs").to_csv(path, index=False, float_format="%.5g")
 
 
+def upcycling() -> None:
+    """A dense model trained for 400 steps, and 200 further steps of it and of mixtures made from it, at the dense model's LR."""
+    path, arms = SWEEPS.parent / "upcycling.csv", BRIDGE_ARMS | CAPACITY_ARMS
+    if not path.exists():
+        names = ("dense", "8 of 8", "2 of 8", "2 of 8, 8 n", "R = 1, 8 of 8")
+        variants = {name: Config(arms[name].table, width=64, **DENSE_BASE, **arms[name].fields) for name in names}
+        more = {"dense": variants["dense"], "dense_steps": 400}
+        first_losses(variants, 2.0**-6, 200, SEEDS, "pydocs", **more).to_csv(path, index=False, float_format="%.5g")
+
+
+def capacities() -> None:
+    """From the same dense model to networks of which more hidden values, or fewer, serve each token, under complete-mue; and
+    without its factor for that."""
+    for steps in (STEPS, STEPS // 2):
+        for arm in CAPACITY_ARMS.values():
+            fields = {"options": OPTIONS, "store": SWEEPS / "capacities.jsonl", **DENSE_BASE, **arm.fields}
+            sweep((64,), (arm.table,), CAPACITY_HALVES, SEEDS, steps, **fields)
+
+
 REGIME_WIDTHS = (128, 64, 32)
+REGIME_HALVES = [2.0 ** (half / 2) for half in range(-12, -6)]  # at width 256; the optima of the others are near 2^-5
 REGIME_PATHS = {  # of arXiv 2605.14200, each from 4 or 8 experts of the width at width 32
     "I": ({"width": REGIME_WIDTHS}, {"n_experts": 8, "top_k": 8, "expert_ratio": 1}),
     "II": (
@@ -282,6 +303,11 @@ def regimes() -> None:
             path = {size: values[ends] for size, values in path.items()}
             fields = {"options": OPTIONS, "store": store, "path": path, **sizes, **arm.fields}
             sweep(None, (arm.table,), DEPTH_HALVES, SEEDS, steps, **fields)
+    for name in ("mup II", "mssp II", "mup III", "mssp III", "mup I", "mssp I"):
+        arm, (path, sizes) = REGIME_ARMS[name], REGIME_PATHS[name.split()[-1]]
+        path = {size: (2 * values[0],) for size, values in path.items()}
+        fields = {"options": OPTIONS, "store": store, "path": path, **sizes, **arm.fields}
+        sweep(None, (arm.table,), REGIME_HALVES, SEEDS, STEPS, **fields)
 
 
 def tiny(name: str, **changes) -> Plan:
@@ -450,10 +476,12 @@ SWEPT = (
     width_depth,
     share_batch,
     bridges,
+    capacities,
     regimes,
 )
 MADE = {
-    made.__name__: made for made in (coordinates, axes, linearisation, regime_checks, overlay, mutants, *SWEPT, learning, adopted)
+    made.__name__: made
+    for made in (coordinates, axes, linearisation, regime_checks, overlay, upcycling, mutants, *SWEPT, learning, adopted)
 }
 
 if __name__ == "__main__":

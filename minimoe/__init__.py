@@ -12,7 +12,7 @@ _HOMES = {
     "adopted_sweeps": ("adopted_sweep", "read_adopted"),
     "allocation_figures": ("allocation_map", "learning_shares", "promise_and_fall"),
     "allocations": ("Ledger", "allocation"),
-    "arms": ("ARMS", "BRIDGE_ARMS", "EXPERT_ARMS", "REGIME_ARMS", "SHARE_ARMS", "labelled"),
+    "arms": ("ARMS", "BRIDGE_ARMS", "CAPACITY_ARMS", "EXPERT_ARMS", "REGIME_ARMS", "SHARE_ARMS", "labelled"),
     "causal": ("growing",),
     "comparison_figures": ("overlay_curves", "three_terms", "verdict_map"),
     "config": ("Config",),
@@ -65,7 +65,7 @@ _HOMES = {
     "tables": ("AS_IT_IS", "PARAMETRIZATIONS", "READINGS", "REGIMES", "ROUTER_RULES", "shift", "square_root_rule"),
     "theory": ("predicted_exponents", "predictions"),
     "training": ("Run", "train"),
-    "transfer": ("drift_words", "losses_at", "regrets", "summary", "transfer_report"),
+    "transfer": ("beside", "drift_words", "losses_at", "regrets", "summary", "transfer_report"),
     "upcycling": ("first_losses", "upcycled"),
     "verdicts": ("exponents",),
 }

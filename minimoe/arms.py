@@ -167,6 +167,24 @@ BRIDGE_ARMS: dict[str, Arm] = (
     | {f"mup, {active} of {experts}": _bridge(active, experts, table=PARAMETRIZATIONS["mup"]) for active, experts in _WITHOUT}
 )
 
+_ALL_AT_1 = _MUE.replace("experts_down", "complete-mue, A = 1", multiplier=1, init_var=1 / width)
+
+
+def _capacity(experts: int, active: int, granularity: int, ratio: int, table: Parametrization = _MUE) -> Arm:
+    sizes = {"n_experts": experts, "top_k": active, "granularity": granularity, "expert_ratio": ratio, "n_shared": 0}
+    return Arm(table, {**sizes, "gates": "renormalized sigmoid"})
+
+
+_CAPACITIES = {  # active experts, and the hidden values that serve a token; the dense model of `BRIDGE_ARMS` has 4 n
+    "2 of 8, n": (4, 1, 2, 1),
+    "2 of 8, 8 n": (8, 2, 1, 4),
+    "dense, 16 n": (1, 1, 1, 16),
+    "8 of 8, 32 n": (8, 8, 1, 4),
+}
+CAPACITY_ARMS: dict[str, Arm] = {name: _capacity(*sizes) for name, sizes in _CAPACITIES.items()} | {
+    f"A = 1, {name}": _capacity(*_CAPACITIES[name], _ALL_AT_1) for name in ("2 of 8, n", "dense, 16 n", "8 of 8, 32 n")
+}
+
 _SIGMOID = {"gates": "sigmoid", "balance_weight": 0.01, "same_start": False}
 REGIME_ARMS: dict[str, Arm] = {name: Arm(table, _SIGMOID) for name, table in REGIMES.items()} | {
     "mssp III": Arm(REGIMES["mup III"], _SIGMOID | {"same_start": True})

@@ -155,6 +155,29 @@ def optima(means: pd.DataFrame, by: str = "width") -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def beside(frame: pd.DataFrame, reference: str, loss: str = "val_loss") -> pd.DataFrame:
+    """How well the best LR of one parametrization (or arm) serves the others, each at one size and the same number of steps: one
+    row per parametrization, in their order, with grid_lr, best_loss, octave and octave_error as in `transfer_report`, and
+
+    moved, moved_error: by how many octaves each seed's optimum lies above the reference's, mean and standard error over seeds.
+    regret, regret_error: what the reference's grid_lr costs here (nats), as in `transfer_report`.
+
+    Raises ValueError as `mean_losses` does, or for a reference that has no rows.
+    """
+    own = transfer_report(frame, "steps", loss).set_index("parametrization")
+    require(reference in own.index, "reference", reference, f"must be one of {', '.join(own.index)}")
+    require(own.index.is_unique, "steps", sorted(set(own.steps)), "must be one number")
+    octaves = seed_optima(frame, "steps", loss).pivot(index="parametrization", columns="seed", values="best_octave")
+    losses = _points(frame, "steps", loss).pivot(index=["parametrization", "seed"], columns="lr", values=loss)
+    rows = []
+    for name, found in own.iterrows():
+        there, here = (losses.loc[name].get(lr, pd.Series(dtype=float)) for lr in (own.grid_lr[reference], found.grid_lr))
+        row = {"parametrization": name, **found[["grid_lr", "best_loss", "octave", "octave_error"]]}
+        row |= _mean_and_error("moved", octaves.loc[name] - octaves.loc[reference])
+        rows.append(row | _mean_and_error("regret", there - here))
+    return pd.DataFrame(rows)
+
+
 def _slopes(octaves: pd.DataFrame) -> pd.Series:
     """Each row's slope over log2 of the columns, by least squares: octaves per doubling. NaN for one column, or size 0."""
     with np.errstate(divide="ignore", invalid="ignore"):

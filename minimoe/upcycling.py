@@ -22,7 +22,7 @@ from .config import Config
 from .corpus import Corpus, load_corpus
 from .model import MiniMoE
 from .step import SingleRun, TrainOptions, lr_factors
-from .training import TextData, check_training, one_thread, windows
+from .training import TextData, check_training, one_thread, train, windows
 
 MAY_DIFFER = ("n_experts", "top_k", "granularity", "expert_ratio", "n_shared", "gates", "bias_rate", "balance_weight", "z_weight")
 
@@ -77,24 +77,31 @@ def first_losses(
     seeds: Sequence[int] = (0, 1, 2),
     corpus: str | Corpus = "pydocs",
     options: TrainOptions = TrainOptions(),  # noqa: B008 (frozen)
+    dense: Config | None = None,
+    dense_steps: int = 0,
 ) -> pd.DataFrame:
     """The training loss of each variant at each of the first steps, at one LR and on the same batches: a row per variant, seed
     and step, with the loss before it (nats). Variants that are one model in the limit should lie on one another; a gap that
     grows names a misplaced multiplier (a test of Complete-muE's author). The schedule is that of a training of so many steps.
 
-    Raises ValueError or TypeError for bad input.
+    dense: where it is given, every variant is upcycled from this model, trained for `dense_steps` at the same LR; the text goes
+    on from there, and the optimizer starts anew. Raises ValueError or TypeError for bad input, or as `upcycled` does.
     """
     require(variants, "variants", variants, "must be name -> Config")
     corpus = load_corpus(corpus)
     steps = check_training([(config, lr) for config in variants.values()], corpus, steps)
+    trained = [] if dense is None else train(dense, lr, seeds, corpus, dense_steps, options, "cpu")
+    grown, before = {run.seed: run.model for run in trained}, dense_steps if trained else 0
     data, rows = TextData(corpus, torch.device("cpu")), []
     with one_thread():
         for name, config in variants.items():
             for seed in seeds:
-                engine = SingleRun([MiniMoE(replace(config, seed=seed))], [lr], options, steps)
-                order = data.order([options.order_seed(seed)], steps, options.batch_size, config.context)
+                config = replace(config, seed=seed)
+                model = upcycled(grown[seed], config) if grown else MiniMoE(config)
+                engine = SingleRun([model], [lr], options, steps)
+                order = data.order([options.order_seed(seed)], before + steps, options.batch_size, config.context)
                 for step in range(steps):
-                    batch = windows(data.train, order[step], config.context)
+                    batch = windows(data.train, order[before + step], config.context)
                     (loss,) = engine.step(batch, lr_factors(step, steps, options, engine.roles)).tolist()
                     rows.append({"variant": name, "seed": seed, "step": step, "loss": loss})
     return pd.DataFrame(rows)

@@ -17,6 +17,7 @@ from minimoe import (
     EXPERT_ARMS,
     REGIME_ARMS,
     SHARE_ARMS,
+    beside,
     drift_words,
     labelled,
     read_adopted,
@@ -24,7 +25,6 @@ from minimoe import (
     summary,
     transfer_report,
 )
-from minimoe.transfer import seed_optima
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "findings.md"
@@ -165,17 +165,12 @@ def shares(rows: pd.DataFrame) -> pd.DataFrame:
 def bridges_table(rows: pd.DataFrame, reference: str = "dense") -> str:
     """Each arm's best LR, its distance from the dense model's (seed by seed), what the dense model's LR costs there, and the
     best loss: a row per arm, as markdown."""
-    octaves = seed_optima(rows, "steps").pivot(index="parametrization", columns="seed", values="best_octave")
-    losses = rows.pivot(index=["parametrization", "seed"], columns="lr", values="val_loss")
-    best = losses.groupby("parametrization").mean()
-    transferred = best.loc[reference].idxmin()
     lines = [["arm", "best log2 LR", "less that of dense, octaves", "regret at the dense LR, nats", "best loss"]]
-    for name in BRIDGE_ARMS:
-        own, moved = octaves.loc[name], octaves.loc[name] - octaves.loc[reference]
-        regret = losses.loc[name][transferred] - losses.loc[name][best.loc[name].idxmin()]
-        said = "" if name == reference else drift_words(moved.mean(), moved.sem()).replace("|", "\\|")
-        costs = f"{regret.mean():.3f} ± {regret.sem():.3f}"
-        lines.append([name, measured(own.mean(), own.sem()), said, costs, f"{best.loc[name].min():.3f}"])
+    for row in beside(rows, reference).itertuples():
+        moved = drift_words(row.moved, row.moved_error).replace("|", "\\|")
+        said = "" if row.parametrization == reference else moved
+        costs = f"{row.regret:.3f} ± {row.regret_error:.3f}"
+        lines.append([row.parametrization, measured(row.octave, row.octave_error), said, costs, f"{row.best_loss:.3f}"])
     return markdown(lines)
 
 
