@@ -92,14 +92,16 @@ def _surplus_inside(group: pd.DataFrame, measured: pd.Series) -> Iterator[tuple[
 
 
 def _head_surplus(group: pd.DataFrame, measured: pd.Series) -> tuple[str, float]:
-    """(the last output weight, the power by which its init is above muP's, where the other weights' allocations feel it)."""
+    """(the last output weight, the power by which its init is above muP's, where the other weights' allocations feel it: most
+    of them, because all gradients pass through it)."""
     outputs = group[(group.kind == "output") & (group.layer == OUTSIDE) & (group.quantity == "init")]
     if outputs.empty:
         return "", 0.0
     head = outputs.loc[outputs.place.idxmax()].tensor
-    felt = group[(group.quantity == "allocation") & (group.verdict == "explodes") & (group.tensor != head)]
+    others = group[(group.quantity == "allocation") & group.verdict.isin((*BROKEN, "holds")) & (group.tensor != head)]
+    felt = (others.verdict == "explodes").mean() > 0.5
     surplus = measured[OUTSIDE, head, "init"] - MUP_INIT["output"]
-    return head, surplus if surplus > TOLERANCE and not felt.empty else 0.0
+    return head, surplus if surplus > TOLERANCE and felt else 0.0
 
 
 def _fault(site, measured: pd.Series, surplus: float, is_head: bool) -> tuple[str, float, str] | None:
