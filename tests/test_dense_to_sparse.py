@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from minimoe import (
     BRIDGE_ARMS,
+    CAPACITY_ARMS,
     PARAMETRIZATIONS,
     READINGS,
     Config,
@@ -271,3 +272,42 @@ def test_the_arms_have_one_active_size():
         config = Config(arm.table, width=64, context=16, **arm.fields)
         assert config.active_width == 4 * 64, name
         assert name.endswith(f"{config.active_experts} of {config.experts}") or name == "dense" or config.shared_experts == 2
+
+
+def test_losses_go_on_from_a_trained_dense_model(corpus):
+    """Whole copies start at the trained model's loss and slices near it, on the text that comes next; each seed has its own."""
+    config = dense(4)
+    copies = replace(config, n_experts=4, top_k=2, parametrization=MUE)
+    fields = {"corpus": corpus, "options": TrainOptions(batch_size=4), "seeds": (0, 1), "steps": 3}
+    variants = {"dense": replace(config, parametrization=MUE), "copies": copies}
+    found = first_losses(variants, 2**-5, **fields, dense=variants["dense"], dense_steps=20)
+    start = found[found.step == 0].pivot(index="seed", columns="variant", values="loss")
+    assert start["copies"].tolist() == pytest.approx(start["dense"].tolist(), abs=1e-5)
+    untrained = first_losses(variants, 2**-5, **fields)
+    assert (start["dense"] < untrained[untrained.step == 0].loss.min()).all()
+    assert start["dense"].nunique() == 2
+    with pytest.raises(ValueError, match="depth=1: the dense model has 2"):
+        first_losses({"shallow": replace(copies, depth=1)}, 2**-5, **fields, dense=config, dense_steps=2)
+
+
+def test_arms_of_other_active_sizes_start_alike_and_without_the_factor_do_not():
+    """The std of the mixture's output at init, over the dense model's of the base size."""
+    x = torch.randn(400, 64, generator=torch.Generator().manual_seed(0))
+    base = {
+        "base_width": 64,
+        "base_n_experts": 1,
+        "base_top_k": 1,
+        "base_granularity": 1,
+        "base_expert_ratio": 4,
+        "base_n_shared": 0,
+    }
+
+    def std(arm):
+        return MiniMoE(Config(arm.table, width=64, context=16, **base, **arm.fields)).blocks[0].moe(x)[0].std().item()
+
+    reference, active = std(BRIDGE_ARMS["dense"]), {"n": 64, "16 n": 16 * 64, "32 n": 32 * 64}
+    for name, arm in CAPACITY_ARMS.items():
+        size = name.split(", ")[-1]
+        assert Config(arm.table, width=64, **arm.fields).active_width == active.get(size, 8 * 64)
+        expected = (active[size] / (4 * 64)) ** 0.5 if name.startswith("A = 1") else 1
+        assert std(arm) / reference == pytest.approx(expected, rel=0.15), name

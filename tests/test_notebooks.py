@@ -82,8 +82,9 @@ def test_header_box_short_cells_and_words_under_every_figure(path):
 def test_claims_are_asserted_and_what_is_ignored_trains_plots_or_prints_versions(path):
     code = code_cells(path)
     assert sum("assert " in cell.source for cell in code) >= 3
-    trains = r"train\(|sweep\(|coordinate_check\(|check_module\("
+    trains = r"train\(|sweep\(|coordinate_check\(|check_module\(|logits_along\(|check\(\"mup"
     plots = r"allocation_map\(|learning_shares\(|promise_and_fall\("
+    plots += r"|three_terms\(|verdict_map\("
     plots += r"|optima_curves\(|_curves\(|_chart\(|router_rules\(|plt\.show|explorer$|^live$|Explorer\("
     asks_what_was_trained = r"balanced\.model"
     may_differ = rf"{trains}|{plots}|{asks_what_was_trained}|__version__"
@@ -113,6 +114,8 @@ SP_HIDDEN = "hidden=Rule(init_var=1 / fan_in, multiplier=1, lr=1),"
 AUTHORS_DOWN = 'cells = {"init_var": 1 / DOWN[down], "lr": 1 / DOWN[down], "multiplier": ROUTES[route]}'
 BRANCHES = '"residual": Rule(multiplier=depth**-alpha),'
 ROUTED = '"routed": Rule(multiplier=1 / (top_k * granularity)),'
+ROUTE_SCALE = '"routed": Rule(multiplier=top_k * granularity),'
+MSSP_CELL = '_mup_ii.replace("experts_down", "mssp II", init_var=_experts / fan_in),'
 TABLES, ARMS = "tables.py", "arms.py"
 SABOTAGE = {
     "le": (TABLES, SP_ROUTER, SP_ROUTER.replace("lr=1", "lr=1 / fan_in")),  # the lecture
@@ -127,6 +130,8 @@ SABOTAGE = {
     "09": (TABLES, MUP_ROUTER, MUP_ROUTER.replace("lr=1", "lr=fan_in")),
     "10": (TABLES, BRANCHES, BRANCHES.replace("depth**-alpha", "1")),
     "11": (TABLES, ROUTED, ROUTED.replace("1 / (top_k * granularity)", "1")),
+    "12": (TABLES, ROUTE_SCALE, ROUTE_SCALE.replace("top_k * granularity", "1")),
+    "13": (TABLES, MSSP_CELL, MSSP_CELL.replace("init_var=_experts / fan_in", "init_var=1 / fan_in")),
     "07": (ARMS, AUTHORS_DOWN, AUTHORS_DOWN.replace('"lr": 1 / DOWN[down]', '"lr": 1')),
 }
 

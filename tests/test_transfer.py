@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minimoe import drift_chart, drift_words, lr_curves, summary, transfer_report
+from minimoe import beside, drift_chart, drift_words, lr_curves, summary, transfer_report
 from minimoe.figures import styles
 from minimoe.transfer import optimum, seed_optima, sentence
 
@@ -349,3 +349,29 @@ def test_the_figure_has_a_panel_a_curve_and_a_star_for_each():
     assert colours[0] == colours[1]
     crosses = [line.get_xdata().tolist() for line in panels[1].lines if line.get_marker() == "x"]
     assert crosses == [[2**-10], [2**-10, 2**-3]]  # above the picture; and diverged
+
+
+def test_arms_beside_a_reference_seed_by_seed():
+    """Optima at -6 and -6.5 for the reference, half an octave lower, and a quarter and three quarters."""
+    rows = []
+    for name, centres in {"dense": (-6, -6.5), "close": (-6.5, -7.0), "spread": (-6.25, -7.25)}.items():
+        for seed, centre in enumerate(centres):
+            rows.append(frame({64: parabola(centre, 2.0)}, name, (seed,)))
+    found = beside(pd.concat(rows, ignore_index=True).assign(steps=200), "dense").set_index("parametrization")
+    assert list(found.index) == ["dense", "close", "spread"]
+    assert found.moved.tolist() == pytest.approx([0, -0.5, -0.5])
+    assert found.moved_error.tolist() == pytest.approx([0, 0, 0.25])
+    reference = found.grid_lr["dense"]
+    assert math.log2(reference) == -6
+    assert found.grid_lr["close"] == 2.0**-7
+    losses = [0.1 * (-6 - centre) ** 2 - 0.1 * (-7 - centre) ** 2 for centre in (-6.5, -7.0)]
+    assert found.regret["close"] == pytest.approx(np.mean(losses))
+    assert (found.regret["dense"], found.octave["dense"]) == (0, pytest.approx(-6.25))
+
+
+def test_what_cannot_be_set_beside_one_another():
+    rows = frame({64: parabola(-6, 2.0)}, "dense").assign(steps=200)
+    with pytest.raises(ValueError, match="reference='sparse': must be one of dense"):
+        beside(rows, "sparse")
+    with pytest.raises(ValueError, match=r"steps=\[100, 200\]: must be one number"):
+        beside(pd.concat([rows, rows.assign(steps=100)], ignore_index=True), "dense")

@@ -284,3 +284,14 @@ def test_a_check_is_read_from_a_csv_file_as_it_was(tmp_path, corpus):
     frame = coordinate_check("simplep", **TINY | {"widths": (32, 64, 128)}, corpus=corpus)
     frame.to_csv(tmp_path / "check.csv", index=False)
     pd.testing.assert_frame_equal(exponents(pd.read_csv(tmp_path / "check.csv")), exponents(frame))
+
+
+def test_a_router_alone_does_not_blame_the_head():
+    """Over the granularity a router's allocation grows, of which nothing is predicted; the head is as it should be."""
+    sizes = {"widths": 64, "granularity": (2, 4, 8, 16), "n_experts": 1, "top_k": 1, "expert_ratio": 4}
+    base = {"base_width": 64, "base_n_experts": 1, "base_top_k": 1, "base_granularity": 1, "base_expert_ratio": 4}
+    fields = {"gates": "renormalized sigmoid", "balance_weight": 0.0}
+    frame = coordinate_check("complete-mue", steps=3, seeds=(0, 1), corpus="pydocs", **sizes, **base, **fields)
+    table = exponents(frame)
+    assert "explodes" in set(table[table.tensor == "router"].verdict)
+    assert suspects(table).empty

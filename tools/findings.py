@@ -14,6 +14,7 @@ import pandas as pd
 from minimoe import (
     ARMS,
     BRIDGE_ARMS,
+    CAPACITY_ARMS,
     EXPERT_ARMS,
     REGIME_ARMS,
     SHARE_ARMS,
@@ -131,9 +132,12 @@ def tables() -> dict[str, str]:
     models = {"adopted models": ADOPTED, "other bases": OTHER_BASES}
     made |= {name: drift_table(rows, by) for name, (rows, by) in of_depth_and_experts().items()}
     bridges = labelled(stores("bridges"), BRIDGE_ARMS)
-    made |= {f"bridges{end}": bridges_table(bridges[bridges.steps == steps]) for end, steps in LENGTHS.items()}
+    dense, others = bridges[bridges.parametrization == "dense"], labelled(stores("capacities"), CAPACITY_ARMS)
+    beside_dense = {"bridges": bridges, "capacities": pd.concat([dense, others], ignore_index=True)}
+    for name, rows in beside_dense.items():
+        made |= {name + end: bridges_table(rows[rows.steps == steps]) for end, steps in LENGTHS.items()}
     made |= {"checks": checks_table(pd.read_csv(SWEEPS.parent / "axes.csv"))}
-    made |= {"overlay": overlay_table(pd.read_csv(SWEEPS.parent / "overlay.csv"))}
+    made |= {name: overlay_table(pd.read_csv(SWEEPS.parent / f"{name}.csv")) for name in ("overlay", "upcycling")}
     made |= {"regime checks": regime_checks_table(pd.read_csv(SWEEPS.parent / "regimes.csv"))}
     return made | {name: drift_table(adopted(names), "width") for name, names in models.items()}
 
