@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import threading
 from pathlib import Path
 
@@ -74,10 +75,8 @@ def in_a_clean_environment(folder: Path, source: str) -> subprocess.CompletedPro
 
 def test_the_first_cell_makes_a_notebook_run_where_minimoe_is_not_installed(published, tmp_path):
     address, site = published
-    written = cloud.write(site / "cloud", address)
-    assert written[0].stat().st_size < 5e6
-    assert cloud.archive() == written[0].read_bytes(), "the same bytes for the same files"
-    notebook = nbformat.read(next(path for path in written if path.stem == "04_lr_transfer"), as_version=4)
+    written = {path.name: path for path in cloud.write(site / "cloud", address)}
+    notebook = nbformat.read(written["04_lr_transfer.ipynb"], as_version=4)
     assert f"({address}/notebooks/notation.html" in "".join(cell.source for cell in notebook.cells)
     imports = next(cell.source for cell in notebook.cells[1:] if cell.cell_type == "code").replace("%matplotlib inline", "")
     asked = "import minimoe\nprint(minimoe.__file__)\nprint(shipped('sweeps/transfer.jsonl'))"
@@ -88,11 +87,27 @@ def test_the_first_cell_makes_a_notebook_run_where_minimoe_is_not_installed(publ
     assert Path(data) == tmp_path / "empty" / cloud.NAME / "data" / "sweeps" / "transfer.jsonl"
 
 
+def test_each_archive_is_small_and_has_the_data_of_its_notebook(tmp_path):
+    written = {path.name: path for path in cloud.write(tmp_path, "https://example.org")}
+    for path in sorted((website.ROOT / "notebooks").glob("*.ipynb")):
+        packed = written[f"{path.stem}.tar.gz"]
+        assert packed.stat().st_size < 5e6
+        with tarfile.open(packed) as tar:
+            held = {name.removeprefix(f"{cloud.NAME}/") for name in tar.getnames()}
+        code = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+        named = {f"data/{name}" for name in re.findall(r'shipped\("([^"]+)"\)', code)}
+        assert named <= held, path.stem
+        assert "minimoe/model.py" in held
+        assert cloud.archive(cloud.held(code)) == packed.read_bytes(), "the same bytes for the same files"
+    assert "data/sweeps/balance.jsonl" in {str(path.relative_to(website.ROOT)) for path in cloud.held('for name in ("balance",)')}
+
+
 def test_another_archive_than_the_notebooks_is_refused(published, tmp_path):
     address, site = published
-    written = cloud.write(site / "cloud", address)
-    written[0].write_bytes(b"something else")
-    done = in_a_clean_environment(tmp_path, nbformat.read(written[1], as_version=4).cells[0].source)
+    written = {path.name: path for path in cloud.write(site / "cloud", address)}
+    written["01_weight_types.tar.gz"].write_bytes(b"something else")
+    first = nbformat.read(written["01_weight_types.ipynb"], as_version=4).cells[0].source
+    done = in_a_clean_environment(tmp_path, first)
     assert done.returncode != 0
     assert "is not the archive that this notebook belongs to" in done.stderr
 

@@ -1,7 +1,8 @@
 """Write notebooks that run where minimoe is not installed (Colab, Kaggle, Binder): tools/cloud.py ADDRESS
 
-ADDRESS is where the folder site/ will be published. site/cloud/ gets one archive (package and data) and a copy of each
-notebook. The first cell of a copy downloads the archive, compares its SHA-256, unpacks it, and installs what it needs.
+ADDRESS is where the folder site/ will be published. site/cloud/ gets a copy of each notebook and an archive beside it: the
+package, and of the data what this notebook names. The first cell of a copy downloads its archive, compares its SHA-256,
+unpacks it, and installs what it needs.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import minimoe
 
 ROOT = Path(__file__).parent.parent
 NAME = f"minimoe-{minimoe.__version__}"
-HELD = ("minimoe/*.py", "minimoe/*.js", "minimoe/*.css", "data/**/*", "LICENSE", "README.md", "pyproject.toml")
+PACKAGE = ("minimoe/*.py", "minimoe/*.js", "minimoe/*.css", "LICENSE", "README.md", "pyproject.toml")
+DATA = ("data/*.csv", "data/sweeps/*.jsonl")
 LINK = re.compile(r"\]\((?!\w+:)([\w./-]+)\.(?:ipynb|md)")  # to another file of the course
 FIRST = """# minimoe for this notebook: a download of about {size} MB. Where minimoe is installed, this cell does nothing.
 import hashlib, importlib.util, io, os, subprocess, sys, tarfile, urllib.request
@@ -43,38 +45,38 @@ print("minimoe", importlib.import_module("minimoe").__version__)"""
 
 
 def write(folder: Path, address: str) -> list[Path]:
-    """The archive and the notebooks. Raises ValueError for an address that is not one of the web."""
+    """The archives and the notebooks. Raises ValueError for an address that is not one of the web."""
     if urlsplit(address).scheme not in ("http", "https"):
         raise ValueError(f"ADDRESS is where the site will be, such as https://example.org/minimoe; got {address!r}")
     address = address.rstrip("/")
     folder.mkdir(parents=True, exist_ok=True)
-    packed = archive()
-    written = [folder / f"{NAME}.tar.gz"]
-    written[0].write_bytes(packed)
+    written = []
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         copy = nbformat.read(path, as_version=4)
+        code = "\n".join(cell.source for cell in copy.cells if cell.cell_type == "code")
         for cell in copy.cells:
             if cell.cell_type == "markdown":
                 cell.source = LINK.sub(rf"]({address}/notebooks/\1.html", cell.source)
-        source = first_cell(f"{address}/cloud/{NAME}.tar.gz", packed, needed(path.read_text(encoding="utf-8")))
+        packed = archive(held(code))
+        source = first_cell(f"{address}/cloud/{path.stem}.tar.gz", packed, needed(code))
         copy.cells.insert(0, nbformat.v4.new_code_cell(source, id="install"))
-        written.append(folder / path.name)
+        written += [folder / f"{path.stem}.tar.gz", folder / path.name]
+        written[-2].write_bytes(packed)
         nbformat.write(copy, written[-1])
     return written
 
 
-def held() -> list[Path]:
-    """The files of the archive: the package, and of the data what a notebook names."""
-    named = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "notebooks").glob("*.ipynb"))
-    found = {path for pattern in HELD for path in ROOT.glob(pattern) if path.is_file()}
-    return sorted(path for path in found if ROOT / "data" not in path.parents or path.stem in named)
+def held(code: str) -> list[Path]:
+    """The files that a notebook with this code needs: the package, and the data whose names stand in it as "name" or /name.csv."""
+    package, data = ({path for pattern in patterns for path in ROOT.glob(pattern)} for patterns in (PACKAGE, DATA))
+    return sorted(package | {path for path in data if re.search(rf'["/]{path.stem}[".]', code)})
 
 
-def archive() -> bytes:
-    """What a notebook needs, below one folder; the same bytes for the same files."""
+def archive(files: list[Path]) -> bytes:
+    """The files below one folder; the same bytes for the same files."""
     packed = io.BytesIO()
     with gzip.GzipFile(fileobj=packed, mode="wb", mtime=0) as zipped, tarfile.open(fileobj=zipped, mode="w") as tar:
-        for path in held():
+        for path in files:
             content = path.read_bytes()
             entry = tarfile.TarInfo(f"{NAME}/{path.relative_to(ROOT).as_posix()}")
             entry.size = len(content)
@@ -82,17 +84,17 @@ def archive() -> bytes:
     return packed.getvalue()
 
 
-def needed(notebook: str) -> list[str]:
-    """The packages that a notebook imports, with the tested versions."""
+def needed(code: str) -> list[str]:
+    """The packages that a notebook with this code imports, with the tested versions."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     widgets = [package for package in extras["notebooks"] if "widget" in package]
-    return [*project["dependencies"], *widgets, *(extras["hf"] if "transformers" in notebook else [])]
+    return [*project["dependencies"], *widgets, *(extras["hf"] if "transformers" in code else [])]
 
 
 def first_cell(address: str, packed: bytes, packages: list[str]) -> str:
     digest = hashlib.sha256(packed).hexdigest()
-    return FIRST.format(address=address, digest=digest, size=round(len(packed) / 1e6), needed=packages, name=NAME)
+    return FIRST.format(address=address, digest=digest, size=f"{len(packed) / 1e6:.1f}", needed=packages, name=NAME)
 
 
 if __name__ == "__main__":
