@@ -26,7 +26,7 @@ for i in range(9):
     run = SingleRun([MiniMoE(config)], [2.0 ** (i / 2 - 8)], options)
     order = data.order([0], steps, options.batch_size, config.context)
     for step in range(steps):
-        run.step(windows(data.train, order[step], config.context), lr_factors(step, steps, options, run.roles))
+        run.step(windows(data.train, order[step], config.context), lr_factors(step, steps, options, run.finals))
         if step + 1 in record_steps(steps, options.evals):
             run.measure(validation)
 """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -33,11 +34,20 @@ from minimoe import (
     sweep,
     transfer_report,
 )
-from minimoe.arms import ARMS, BRIDGE_ARMS, CAPACITY_ARMS, EXPERT_ARMS, REGIME_ARMS, Arm
+from minimoe.arms import (
+    ARMS,
+    BRIDGE_ARMS,
+    CAPACITY_ARMS,
+    EMBEDDING_ARMS,
+    EXPERT_ARMS,
+    REGIME_ARMS,
+    Arm,
+    rate_arms,
+)
 from minimoe.learning import books
 from minimoe.linearisations import linearisation as distances
 from minimoe.parametrization import width as width_ratio
-from minimoe.tables import READINGS, REGIMES, ROUTER_RULES, WIDTH_TABLES
+from minimoe.tables import READINGS, REGIMES, ROUTER_RULES, WIDTH_TABLES, square_root_rule
 from minimoe.verdicts import layers_compared
 
 SWEEPS = Path(__file__).parent / "sweeps"
@@ -310,6 +320,56 @@ def regimes() -> None:
         sweep(None, (arm.table,), REGIME_HALVES, SEEDS, STEPS, **fields)
 
 
+RATE_WIDTH = 64  # twice the base width, so that sp and mup differ
+RATE_HALVES = {"sp": [2.0 ** (half / 2) for half in range(-15, -8)], "mup": [2.0 ** (half / 2) for half in range(-14, -7)]}
+RATE_STEPS = (400, 800)
+EMBEDDING_FACTORS = (2, 4, 8, 16, 32)
+
+
+def rates() -> None:
+    """RLRS on sp and mup: its end read in two ways, its first factors held, and two of its factors alone; 400 and 800 steps."""
+    for steps in RATE_STEPS:
+        for name, lrs in RATE_HALVES.items():
+            store = SWEEPS / f"rates_{steps}.jsonl"
+            sweep((RATE_WIDTH,), rate_arms(name), lrs, SEEDS, steps, options=OPTIONS, store=store)
+
+
+def embedding_rule() -> None:
+    """Is it the embedding? sp with the embedding's LR times the width's ratio, and mup with the LR divided by it."""
+    for width in (256, 128, 64):
+        ratio = round(math.log2(width / 32))
+        for table, centre in zip(EMBEDDING_ARMS, (-5 - ratio, -5), strict=True):
+            lrs = [2.0 ** (centre + half / 2) for half in range(-4, 4)]
+            sweep((width,), (table,), lrs, SEEDS, STEPS, options=OPTIONS, store=SWEEPS / "embedding_rule.jsonl")
+
+
+def one_active() -> None:
+    """One active expert of 1 to 32, under mup and sp: is the joint law's LR rule a slope, or the step from dense to sparse?"""
+    lower = [lr / 4 for lr in EXPERT_HALVES]  # the width is four times its base
+    for n_experts in (32, 16, 8, 4, 2, 1):
+        for name, lrs in (("mup", EXPERT_HALVES), ("sp", lower)):
+            fields = {**SMALL, "n_experts": n_experts, "top_k": 1}
+            sweep((64,), (name,), lrs, SEEDS, STEPS, options=OPTIONS, store=SWEEPS / "one_active.jsonl", **fields)
+
+
+HORIZONS = {  # steps and batch sizes that go together, the longest first
+    "duration": {"steps": (1600, 800, 400, 200), "batch_size": (16, 16, 16, 16)},
+    "batch": {"steps": (1600, 800, 400, 200), "batch_size": (8, 16, 32, 64)},  # the same number of tokens
+    "both": {"steps": (400, 400, 400, 400), "batch_size": (64, 32, 16, 8)},  # the same number of steps
+}
+HORIZON_BASES = {"duration": (16, 200), "batch": (16, 800), "both": (16, 400)}  # batch size and steps
+HORIZON_HALVES = [2.0 ** (half / 2) for half in range(-15, -6)]
+
+
+def horizon() -> None:
+    """Longer trainings, and larger batches at the same number of tokens or of steps, with and without the square-root rule."""
+    ruled = square_root_rule(PARAMETRIZATIONS["mup"], "mup, square-root rule")
+    for name, path in HORIZONS.items():
+        batch, steps = HORIZON_BASES[name]
+        fields = {"options": replace(OPTIONS, base_batch_size=batch, base_steps=steps), "store": SWEEPS / f"horizon_{name}.jsonl"}
+        sweep((32,), ("mup", ruled), HORIZON_HALVES, SEEDS, None, path=path, **fields)
+
+
 def tiny(name: str, **changes) -> Plan:
     """transformers' Mixtral or OLMoE in a tiny size, as the library initialises it, adopted; its base width is 64."""
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 64, "vocab_size": 96}
@@ -478,6 +538,10 @@ SWEPT = (
     bridges,
     capacities,
     regimes,
+    rates,
+    embedding_rule,
+    one_active,
+    horizon,
 )
 MADE = {
     made.__name__: made

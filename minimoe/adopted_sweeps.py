@@ -115,7 +115,7 @@ def _trained(plan: Plan, table: Parametrization, cell: Mapping, corpus: Corpus, 
         stops = record_steps(steps, options.evals)
         for step in range(steps):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * lr_factor(step, steps, options)
+                group["lr"] = peak * lr_factor(step, steps, options, group.get("final_lr", 1.0))
             loss = _loss(model, windows(data.train, order[step], CONTEXT)[0])
             optimizer.zero_grad()
             loss.backward()

@@ -31,7 +31,7 @@ from .causal import Batch, Build, config_changes, logits, made_by, next_token_lo
 from .checks import require, whole
 from .explanations import Explanation, why
 from .modules import ROUTER, check_module
-from .parametrization import Parametrization, Rule
+from .parametrization import CELLS, Parametrization, Rule
 from .roles import AT_BASE, moved_betas
 from .roles_by_use import VECTORS, Adopted, Given, Refused, adopted, given_roles
 from .tables import parametrization
@@ -73,6 +73,9 @@ def adopt(
     return Plan(build, width, base_width, batch, forward, tuple(found), traces[0], config_changes(base, wide), growing)
 
 
+FOLDED_CELLS = tuple(cell for cell in CELLS if cell != "multiplier")  # in which the multiplier is folded
+
+
 class Factors(NamedTuple):
     """What one parameter's numbers are, over those of the base model, the multiplier folded in."""
 
@@ -81,11 +84,13 @@ class Factors(NamedTuple):
     eps: float
     weight_decay: float
     one_minus_beta: float
+    final_lr: float
     start: float  # the value around which a gain or a bias is drawn
 
     def times(self, m: float) -> Factors:
         """With a further multiplier folded in."""
-        return Factors(self.std * m, self.lr * m, self.eps / m, self.weight_decay / m, self.one_minus_beta, self.start * m)
+        changed = {"std": self.std * m, "lr": self.lr * m, "eps": self.eps / m, "weight_decay": self.weight_decay / m}
+        return self._replace(**changed, start=self.start * m)
 
 
 @dataclass(frozen=True, repr=False)
@@ -120,7 +125,7 @@ class Plan:
     def _factors(self, own: Adopted, table: Parametrization) -> Factors:
         ratios = self._ratios(own)
         rule = self._tied_rule(own, table) if own.role == "tied" else table[own.row] if own.row else Rule()
-        cells = [getattr(rule, cell)(ratios) for cell in ("init_var", "lr", "eps", "weight_decay", "one_minus_beta")]
+        cells = [getattr(rule, cell)(ratios) for cell in FOLDED_CELLS]
         multiplier = rule.multiplier(ratios)
         if multiplier == 0:
             raise Refused([f"{own.name}: {table.name} gives it a multiplier of 0, which cannot be folded"])
@@ -132,7 +137,7 @@ class Plan:
     def _tied_rule(self, own: Adopted, table: Parametrization) -> Rule:
         """The embedding's row, where the unembedding's says the same but for the multiplier."""
         ratios, rules = self._ratios(own), (table["embedding"], table["unembedding"])
-        for cell in ("init_var", "lr", "eps", "weight_decay", "one_minus_beta"):
+        for cell in FOLDED_CELLS:
             looked_up, read_out = (getattr(rule, cell)(ratios) for rule in rules)
             if looked_up != read_out:
                 said = f"{cell} {looked_up:g} as an embedding, {read_out:g} as a readout"
@@ -237,6 +242,7 @@ class Plan:
             settings = {"role": roles[name], "lr": lr * own.lr, "eps": eps * own.eps}
             settings["weight_decay"] = weight_decay * own.weight_decay
             settings |= {} if betas is None else {"betas": moved_betas(betas, own.one_minus_beta)}
+            settings |= {} if own.final_lr == 1 else {"final_lr": own.final_lr}
             group = groups.setdefault(tuple(settings.values()), {"params": [], "names": [], **settings})
             group["params"].append(model.get_parameter(name))
             group["names"].append(name)

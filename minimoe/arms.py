@@ -23,6 +23,9 @@ many hidden values at work for each token, under Complete-muE; three of them als
 mup, whose down projection goes by its own fan_in.
 
 Experts that grow with the width (`REGIME_ARMS`): muP and MSSP in the three regimes of arXiv 2605.14200.
+
+Some arms differ in the table alone, whose name is the arm's: `rate_arms` (LRs of single roles over the schedule), `EMBEDDING_ARMS`
+(is it the embedding?), `DECAY_ARMS` (weight decay with the width).
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ import pandas as pd
 
 from .config import points
 from .parametrization import Monomial, Parametrization, fan_in, granularity, width
-from .tables import PARAMETRIZATIONS, REGIMES
+from .tables import PARAMETRIZATIONS, REGIMES, RELATIVE_RATES, relative_rates
 
 
 class Arm(NamedTuple):
@@ -189,6 +192,51 @@ _SIGMOID = {"gates": "sigmoid", "balance_weight": 0.01, "same_start": False}
 REGIME_ARMS: dict[str, Arm] = {name: Arm(table, _SIGMOID) for name, table in REGIMES.items()} | {
     "mssp III": Arm(REGIMES["mup III"], _SIGMOID | {"same_start": True})
 }
+
+
+def rate_arms(name: str) -> list[Parametrization]:
+    """The table of this name, and with the rates of RLRS for a MoE (arXiv 2507.03526): their end read in two ways, held at the peak's
+    factors, and two of them alone."""
+    rates = RELATIVE_RATES["moe"]
+    held = {role: (peak, 1) for role, (peak, _) in rates.items()}
+    experts = {role: rates_of for role, rates_of in held.items() if role.startswith("experts")}
+    return [
+        PARAMETRIZATIONS[name],
+        relative_rates(name, rates, f"{name}, rlrs"),
+        relative_rates(name, rates, f"{name}, rlrs, base's end", "base"),
+        relative_rates(name, held, f"{name}, rlrs held"),
+        relative_rates(name, experts, f"{name}, experts x 0.3"),
+        embedding_times(name, 5),
+    ]
+
+
+def embedding_times(name: str, factor: float) -> Parametrization:
+    """The table of this name with the embedding's LR multiplied, at every width."""
+    return relative_rates(name, {"embedding": (factor, 1)}, f"{name}, embedding x {factor:g}")
+
+
+_SP, _MUP = PARAMETRIZATIONS["sp"], PARAMETRIZATIONS["mup"]
+EMBEDDING_ARMS: list[Parametrization] = [  # arXiv 2605.21486: is muP's gain the embedding's LR alone?
+    _SP.replace("embedding", "sp, embedding LR x n", lr=width),
+    _MUP.replace("embedding", "mup, embedding LR / n", lr=1 / width),
+]
+
+
+def decayed(table: Parametrization, power: float, name: str) -> Parametrization:
+    """The table with a weight decay that grows like this power of the fan_in, for each role whose LR falls with it."""
+    for role in table.roles:
+        if dict(table[role].lr.powers).get("fan_in", 0) < 0:
+            table = table.replace(role, name, weight_decay=fan_in**power)
+    return table
+
+
+# Under mup the hidden weights' LR falls like 1 / n. Weight decay times n: CompleteP, arXiv 2505.01618, and Complete(d)P, 2512.22382;
+# times the root of n: arXiv 2510.15262; as it is: Complete-muE, arXiv 2605.23893.
+DECAY_ARMS: list[Parametrization] = [
+    decayed(_MUP, 1, "mup, decay x n"),
+    decayed(_MUP, 0.5, "mup, decay x sqrt n"),
+    _MUP,
+]
 
 
 def labelled(frame: pd.DataFrame, arms: dict[str, Arm] = ARMS) -> pd.DataFrame:

@@ -37,7 +37,9 @@ class BatchedRuns:
         weights = torch.cat([stacked[name].detach().flatten(1) for name in shapes], dim=1)  # (R, P)
         settings = [_settings(model, lr, options, steps) for model, lr in zip(models, lrs, strict=True)]
         self.optimizer = BatchedAdamW(weights, shapes, settings)
-        self.roles = sorted(set(self.optimizer.roles))
+        self.finals, *others = [model.config.parametrization.final_lrs(sorted(set(self.optimizer.roles))) for model in models]
+        if any(finals != self.finals for finals in others):
+            raise ValueError("the runs of one program share a schedule: their tables must agree in final_lr")
 
     @property
     def weights(self) -> Tensor:
@@ -56,7 +58,7 @@ class BatchedRuns:
         if self.options.clip is not None:
             norm = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
             gradient = gradient * (self.options.clip / (norm + 1e-6)).clamp(max=1.0)
-        self.optimizer.step(gradient, factors or dict.fromkeys(self.roles, 1.0))
+        self.optimizer.step(gradient, factors or dict.fromkeys(self.finals, 1.0))
         self.buffers |= moved_biases(self.skeleton.config, self._biases(), load)
         return cross_entropy
 

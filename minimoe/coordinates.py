@@ -202,7 +202,7 @@ def _measured_run(
     with one_thread():
         model = MiniMoE(config).to(device)
         initial, engine = copy.deepcopy(model), SingleRun([model], [run.lr], options, run.steps)
-        start, constant = observed(initial, probe[:, :-1]), dict.fromkeys(engine.roles, 1.0)
+        start, constant = observed(initial, probe[:, :-1]), dict.fromkeys(engine.finals, 1.0)
         if routing == "frozen":
             route_by(model, start.experts)
         ledger, booked = Ledger(model, lambda: losses(model, config, probe)[1], intervals=1), Booked(config)

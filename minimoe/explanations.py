@@ -51,7 +51,8 @@ def explain(subject: Config | MiniMoE, *, lr: float = 2.0**-6) -> Explanation:
     subject: a Config or a MiniMoE, explained under its own table. Columns: name, role, kind (of Tensor Programs V, from
     comparing its shape with that of a wider model), shape, fan_in, parameters (their number), flops (of its matrix products
     in one token's forward pass), ratio (fan_in over base fan_in), init_std, multiplier, lr (factor on the base LR),
-    effective_lr (what Adam uses at the base LR `lr`), eps and weight_decay (factors) and why.
+    effective_lr (what Adam uses at the base LR `lr`), eps and weight_decay (factors), final_lr (factor on the end of the
+    schedule; only where a row of the table has one) and why.
 
     Raises TypeError for anything else to explain.
     """
@@ -75,8 +76,8 @@ def side_by_side(config: Config, tables: Iterable[str | Parametrization]) -> pd.
         explained[one.parametrization.name] = explain(one).set_index("name")
     first = next(iter(explained.values()))
     columns, differing = {("kind", ""): first.kind, ("shape", ""): first["shape"]}, {name: [] for name in first.index}
-    for cell in ("init_std", "multiplier", "lr", "eps", "weight_decay"):
-        values = pd.DataFrame({name: rows[cell] for name, rows in explained.items()})
+    for cell in ("init_std", "multiplier", "lr", "eps", "weight_decay", "final_lr"):
+        values = pd.DataFrame({name: rows.get(cell, pd.Series(1.0, rows.index)) for name, rows in explained.items()})
         unequal = values.nunique(axis=1) > 1
         if cell in ("init_std", "multiplier", "lr") or unequal.any():
             columns |= {(cell, name): values[name] for name in values}
@@ -149,6 +150,7 @@ def _rows_of_config(config: Config, lr: float) -> pd.DataFrame:
                 "effective_lr": lr * cells.lr,
                 "eps": cells.eps,
                 "weight_decay": cells.weight_decay,
+                "final_lr": cells.final_lr,
                 "why": why(
                     kind_of[name],
                     _in_width(config.parametrization[role.name]),
@@ -158,7 +160,8 @@ def _rows_of_config(config: Config, lr: float) -> pd.DataFrame:
                 ),
             }
         )
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    return table if (table.final_lr != 1).any() else table.drop(columns="final_lr")
 
 
 def _in_width(rule: Rule) -> Rule:

@@ -43,6 +43,7 @@ def run_key(config: Config, lr: float, steps: int, options: TrainOptions, corpus
     evaluated = {
         name: (n.std, n.multiplier, lr * n.lr, options.eps * n.eps, options.weight_decay * n.weight_decay)
         + (moved_betas(options.betas, n.one_minus_beta) if n.one_minus_beta != 1 else ())
+        + ((("final_lr", options.final_lr * n.final_lr),) if options.final_lr * n.final_lr != options.final_lr else ())
         for name, n in tensor_numbers(replace(config, seed=0), options.ratios(steps)).items()
     }
     identity = {

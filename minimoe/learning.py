@@ -85,7 +85,7 @@ def _booked_steps(
     roles = [param.role.name for name, param in named_roles(model) if name in ledger.params]
     for step in range(steps):
         gradients, start = ledger.gradients, ledger.weights
-        program.step(windows(data.train, order[step], config.context), lr_factors(step, steps, options, program.roles))
+        program.step(windows(data.train, order[step], config.context), lr_factors(step, steps, options, program.finals))
         entry = ledger.entry()
         moves = [after - before for after, before in zip(ledger.weights, start, strict=True)]
         left, right = _promised(gradients, moves), _promised(ledger.gradients, moves)

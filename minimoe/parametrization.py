@@ -1,6 +1,6 @@
 """Parametrizations as data: which numbers belong to which role, and how they move with the shape.
 
-A parametrization is a table. For each *role* (embedding, attention, router, ...) a `Rule` holds six cells, and each cell
+A parametrization is a table. For each *role* (embedding, attention, router, ...) a `Rule` holds seven cells, and each cell
 is a coefficient times a monomial in *ratios* to a base run:
 
     Rule(init_var=1, multiplier=1 / fan_in, lr=1)         # muP's router
@@ -119,11 +119,12 @@ TRAINING = ("batch", "duration")  # ratios of the training, not of the model's s
 
 @dataclass(frozen=True)
 class Rule:
-    """One role's six cells, each a number or a `Monomial`.
+    """One role's seven cells, each a number or a `Monomial`.
 
     init_var: variance at init, relative to the base variance. multiplier: what the forward pass multiplies the weight
     by. lr, eps, weight_decay: Adam's, relative to the base values given to `param_groups`. one_minus_beta: the factor on
-    1 - beta, for both of Adam's betas.
+    1 - beta, for both of Adam's betas. final_lr: the factor on the end of the schedule, which is a fraction of the role's own
+    peak LR; a number, because one schedule serves a role at all sizes.
     """
 
     init_var: Monomial = 1.0
@@ -132,6 +133,7 @@ class Rule:
     eps: Monomial = 1.0
     weight_decay: Monomial = 1.0
     one_minus_beta: Monomial = 1.0
+    final_lr: Monomial = 1.0
 
     def __post_init__(self):
         for cell in fields(self):
@@ -139,6 +141,7 @@ class Rule:
         for cell in FORWARD_CELLS:
             if used := {name for name, _ in getattr(self, cell).powers} & set(TRAINING):
                 raise ValueError(f"{cell} cannot depend on {', '.join(sorted(used))}: the model is made before its training")
+        require(not self.final_lr.powers, "final_lr", self.final_lr, "must be a number: one schedule serves a role at all sizes")
 
     def __repr__(self) -> str:
         """As it is written in a table, with the five cells that are always printed."""
@@ -217,6 +220,10 @@ class Parametrization:
             role = FAMILY.get(role)
         return role
 
+    def final_lrs(self, roles: Iterable[str]) -> dict[str, float]:
+        """role -> the factor on the end of its schedule. Raises KeyError for a role that the table does not serve."""
+        return {role: self[role].final_lr.coefficient for role in roles}
+
     def __getitem__(self, role: str) -> Rule:
         return dict(self.rules)[self.row(role)]
 
@@ -274,7 +281,7 @@ class Parametrization:
 
     def to_dict(self) -> dict:
         """Plain JSON: {"name", "rules": {role: {cell: [coefficient, {ratio: exponent}]}}}."""
-        rules = {role: {cell: _monomial_to_json(getattr(rule, cell)) for cell in CELLS} for role, rule in self.rules}
+        rules = {role: {cell: _monomial_to_json(getattr(rule, cell)) for cell in _written(rule)} for role, rule in self.rules}
         return {"name": self.name, "rules": rules}
 
     @classmethod
@@ -293,6 +300,11 @@ class Parametrization:
             wanted = "{name, rules: {role: {cell: [coefficient, {ratio: exponent}]}}}"
             raise ValueError(f"a table is {wanted}, got {shown(data)}") from None
         return cls(name, {role: Rule(**{cell: Monomial(*pair) for cell, pair in cells.items()}) for role, cells in rules.items()})
+
+
+def _written(rule: Rule) -> list[str]:
+    """The cells that a file has of a rule: `final_lr` only where it is not 1, so that older lines are what they were."""
+    return [cell for cell in CELLS if cell != "final_lr" or rule.final_lr != Monomial()]
 
 
 def _monomial_to_json(cell: Monomial) -> list:

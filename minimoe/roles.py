@@ -126,6 +126,7 @@ class Numbers(NamedTuple):
     eps: float
     weight_decay: float
     one_minus_beta: float  # factor on 1 - beta
+    final_lr: float  # factor on the end of the schedule
 
 
 def _evaluated(param: nn.Parameter, table: Parametrization, ratios: Mapping[str, float], cells: tuple[str, ...]) -> dict:
@@ -188,7 +189,8 @@ def param_groups(
     """Groups for `torch.optim.AdamW`: every parameter once, with its role and the table's lr, eps and weight_decay.
 
     betas: Adam's at the base; given, each group carries the table's. training: the ratios `batch` and `duration`, for
-    cells that use them.
+    cells that use them. A group whose row changes the end of its schedule carries the factor as `final_lr`, for a scheduler of
+    yours: it should end at final_lr times the usual fraction of the group's own lr.
 
     The rules are Adam's. Adam's step has the size of the LR whatever the size of the gradient, so the LR alone sets how
     far a weight moves. SGD's step is LR times gradient, and gradients themselves scale with width (1 / fan_in for muP's
@@ -215,6 +217,8 @@ def param_groups(
         }
         if betas is not None:
             settings["betas"] = moved_betas(betas, cells.one_minus_beta)
+        if cells.final_lr != 1:
+            settings["final_lr"] = cells.final_lr
         groups.setdefault(tuple(settings.values()), {"params": [], **settings})["params"].append(param)
     return list(groups.values())
 

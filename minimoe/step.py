@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -78,18 +78,19 @@ class TrainOptions:
         return seed if self.data_seed is None else self.data_seed
 
 
-def lr_factor(step: int, steps: int, options: TrainOptions) -> float:
-    """The schedule at step 0 .. steps - 1: a linear warm-up to 1, then a cosine to `final_lr` at the last step."""
+def lr_factor(step: int, steps: int, options: TrainOptions, final: float = 1.0) -> float:
+    """The schedule at step 0 .. steps - 1: a linear warm-up to 1, then a cosine to final * `final_lr` at the last step."""
     warmup = round(options.warmup * steps)
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup + 1) / (steps - warmup)
-    return options.final_lr + (1 - options.final_lr) * (1 + math.cos(math.pi * progress)) / 2
+    end = final * options.final_lr
+    return end + (1 - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def lr_factors(step: int, steps: int, options: TrainOptions, roles: Iterable[str]) -> dict[str, float]:
-    """role -> the factor on its LRs at this step. One schedule serves all roles: a schedule of each role's own goes here."""
-    return dict.fromkeys(roles, lr_factor(step, steps, options))
+def lr_factors(step: int, steps: int, options: TrainOptions, finals: Mapping[str, float]) -> dict[str, float]:
+    """role -> the factor on its LRs at this step. finals: role -> the factor on its schedule's end (the cell `final_lr`)."""
+    return {role: lr_factor(step, steps, options, final) for role, final in finals.items()}
 
 
 def autocast(dtype: str, device: torch.device) -> AbstractContextManager:
@@ -159,7 +160,7 @@ class SingleRun:
         self.options = options
         groups = self.model.param_groups(lr, options.eps, options.weight_decay, options.betas, options.ratios(steps))
         self.optimizer = AdamW(groups)
-        self.roles = sorted({group["role"] for group in groups})
+        self.finals = self.model.config.parametrization.final_lrs(sorted({group["role"] for group in groups}))
 
     def step(self, batch: Tensor, factors: Mapping[str, float] | None = None) -> Tensor:
         """One step on the batch (1, B, T + 1), each role's LRs times its factor; the cross-entropy (1,) before it.
@@ -171,7 +172,7 @@ class SingleRun:
         loss.backward()
         if self.options.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip)
-        self.optimizer.step(factors or dict.fromkeys(self.roles, 1.0))
+        self.optimizer.step(factors or dict.fromkeys(self.finals, 1.0))
         biases = {name: self.model.get_buffer(name) for name in bias_names(self.model.config)}
         for name, bias in moved_biases(self.model.config, biases, load).items():
             biases[name].copy_(bias)

@@ -1,4 +1,4 @@
-"""Every published table, as data: the parametrizations, and the eight treatments of the router.
+"""Every published table, as data: the parametrizations, the eight treatments of the router, the rates of single roles.
 
 Variances, multipliers and Adam LRs are relative to the base shape (see `parametrization.py`). A source that gives a
 standard deviation stands here squared.
@@ -6,9 +6,12 @@ standard deviation stands here squared.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
+from .checks import require
 from .parametrization import (
+    FAMILY,
     SCALES,
     Monomial,
     Parametrization,
@@ -243,6 +246,57 @@ def square_root_rule(table: Parametrization, name: str) -> Parametrization:
         return replace(rule, one_minus_beta=rule.one_minus_beta * sde**2, **cells)
 
     return Parametrization(name, {role: rule if role in SCALES else moved(rule) for role, rule in table.rules})
+
+
+# RLRS, relative learning rates (arXiv 2507.03526): role -> the factors on its LR at the schedule's peak and at its end. The values
+# are those of the authors' configuration files, tuned at a small size: for a MoE of 8 experts, and for a dense model.
+RELATIVE_RATES: dict[str, dict[str, tuple[float, float]]] = {
+    "moe": {
+        "embedding": (5, 0.666),
+        "unembedding": (0.666, 0.444),
+        "router": (0.666, 1),
+        "experts_up": (0.3, 1.125),
+        "experts_down": (0.3, 1.125),
+        "attention": (1, 1),
+    },
+    "dense": {
+        "embedding": (5, 0.6666),
+        "unembedding": (1, 0.4444),
+        "experts_up": (1, 0.6666),
+        "experts_down": (1, 0.6666),
+        "attention": (1, 0.2),
+    },
+}
+ENDS = ("own", "base")  # what the factor at the end multiplies: see `relative_rates`
+
+
+def relative_rates(
+    table: str | Parametrization, rates: Mapping[str, tuple[float, float]], name: str, end: str = "own"
+) -> Parametrization:
+    """The table with factors on the LR of single roles, at the peak and at the end of the schedule (arXiv 2507.03526).
+
+    rates: role -> (factor at the peak, factor at the end); a role that it lacks, and that has no family in it, stays. A factor of
+    1 at the end keeps the peak's factor throughout. end: "own", as in the authors' scheduler: the last factor multiplies the
+    end of the role's own schedule, which the first has multiplied already; "base", as in the paper's formula: it multiplies
+    the end of the schedule of an LR without factors.
+
+    Raises ValueError for another `end`, or a factor of 0 at the peak under "base"; KeyError for a role that the table lacks.
+    """
+    require(end in ENDS, "end", end, f"must be one of {', '.join(ENDS)}")
+    table = parametrization(table)
+    for role in rates:
+        table.row(role)
+
+    def moved(role: str, rule: Rule) -> Rule:
+        while role not in rates and role in FAMILY:
+            role = FAMILY[role]
+        peak, last = rates.get(role, (1, 1))
+        require(peak > 0 or end == "own", f"rates[{role!r}]", (peak, last), "the base's end needs a peak above 0")
+        return replace(rule, lr=rule.lr * peak, final_lr=rule.final_lr * (last if end == "own" else last / peak))
+
+    finer = {role: table[role] for role in rates if role not in table.roles}  # its family's row stays what it is
+    rows = dict(table.rules) | finer
+    return Parametrization(name, {role: rule if role in SCALES else moved(role, rule) for role, rule in rows.items()})
 
 
 # What a library does that knows of no width: one init std and one LR for every matrix, at every size (transformers' own

@@ -101,7 +101,7 @@ def engine(runs: int, device: torch.device, at_once: int | None = None) -> type[
 
 
 class Kind(NamedTuple):
-    """What runs of one program share: the config's shape, the options and the number of steps."""
+    """What runs of one program share: the config's shape, the options, the number of steps and the roles' schedules."""
 
     config: Config
     options: TrainOptions
@@ -110,7 +110,9 @@ class Kind(NamedTuple):
     @property
     def key(self) -> tuple:
         """Equal for two kinds that can be one program."""
-        return (*self.config.shape.items(), self.options, self.steps)
+        table = self.config.parametrization
+        ends = {role: final for role, final in table.final_lrs(table.roles).items() if final != 1}
+        return (*self.config.shape.items(), self.options, self.steps, *sorted(ends.items()))
 
 
 def planned_size(config: Config, options: TrainOptions, device: torch.device) -> int:
@@ -294,7 +296,7 @@ def _train(specs: list[tuple[Config, float]], data: TextData, steps: int, option
         since = len(trace)
         for step in range(since, stop):
             batch = windows(data.train, order[step], config.context)  # (R, B, T + 1)
-            trace.append(program.step(batch, lr_factors(step, steps, options, program.roles)))
+            trace.append(program.step(batch, lr_factors(step, steps, options, program.finals)))
         train_losses = torch.stack(trace[since:]).mean(0).tolist()
         val_losses, loads, squares = program.measure(validation)
         for i, val_loss in enumerate(val_losses.tolist()):

@@ -102,6 +102,6 @@ def first_losses(
                 order = data.order([options.order_seed(seed)], before + steps, options.batch_size, config.context)
                 for step in range(steps):
                     batch = windows(data.train, order[before + step], config.context)
-                    (loss,) = engine.step(batch, lr_factors(step, steps, options, engine.roles)).tolist()
+                    (loss,) = engine.step(batch, lr_factors(step, steps, options, engine.finals)).tolist()
                     rows.append({"variant": name, "seed": seed, "step": step, "loss": loss})
     return pd.DataFrame(rows)

@@ -73,7 +73,7 @@ def test_ten_steps_equal_each_run_alone_with_torchs_own_adamw(decay):
     for step in range(10):
         batch = tokens(4, seed=step)
         factor = (step + 1) / 10
-        factors = dict.fromkeys(batched.roles, factor)
+        factors = dict.fromkeys(batched.finals, factor)
         together = batched.step(batch, factors)
         apart = torch.cat([run.step(batch[i : i + 1], factors) for i, run in enumerate(alone)])
         torch.testing.assert_close(together, apart, rtol=0, atol=1e-4)
@@ -138,7 +138,7 @@ def test_a_step_reads_nothing_back_from_the_device(fields, dtype, blocks):
         models = [MiniMoE(config) for config in configs(**fields)]
         batched = BatchedRuns(models, LRS, TrainOptions(weight_decay=0.1, clip=1.0, dtype=dtype))
         batch = windows(torch.zeros(1000, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.int64), 16)
-        cross_entropy = batched.step(batch, dict.fromkeys(batched.roles, 0.5))
+        cross_entropy = batched.step(batch, dict.fromkeys(batched.finals, 0.5))
         loss, load, square = batched.measure([batch[0], batch[1]])
     assert cross_entropy.shape == loss.shape == (4,)
     assert load.shape == (4, 2, models[0].config.experts)

@@ -57,7 +57,7 @@ def test_the_batched_update_is_torchs_adamw_to_rounding(decay, factors_at, table
     by_hand = [ByHand(model, lr, options) for model, lr in zip(runs, LRS, strict=True)]
     draw = torch.Generator().manual_seed(0)
     for step in range(12):
-        factors, drawn = factors_at(batched.roles, step), gradient(batched.weights, step, draw)
+        factors, drawn = factors_at(batched.finals, step), gradient(batched.weights, step, draw)
         batched.optimizer.step(drawn, factors)
         for i, (model, optimizer) in enumerate(zip(runs, by_hand, strict=True)):
             for param, part in zip(model.parameters(), batched.optimizer.views(drawn[i]).values(), strict=True):
@@ -79,7 +79,7 @@ def test_the_update_of_one_run_is_torchs_adamw(dtype, decay, factors_at, table):
     single, by_hand = SingleRun([one], LRS[:1], options), ByHand(other, LRS[0], options)
     draw = torch.Generator().manual_seed(0)
     for step in range(12):
-        factors = factors_at(single.roles, step)
+        factors = factors_at(single.finals, step)
         for param, twin in zip(one.parameters(), other.parameters(), strict=True):
             param.grad = twin.grad = gradient(param, step, draw)
         single.optimizer.step(factors)
@@ -100,14 +100,14 @@ def test_groups_are_split_where_roles_part_and_keep_roles_and_state():
     model, options = models("sp")[0], TrainOptions()
     single = SingleRun([model], [0.01], options)
     together = len(single.optimizer.torchs.param_groups)
-    assert together < len(single.roles)  # under SP most roles have the same numbers
+    assert together < len(single.finals)  # under SP most roles have the same numbers
     for param in model.parameters():
         param.grad = torch.ones_like(param)
-    single.optimizer.step(dict.fromkeys(single.roles, 1.0))
+    single.optimizer.step(dict.fromkeys(single.finals, 1.0))
     assert len(single.optimizer.torchs.param_groups) == together
-    single.optimizer.step(a_factor_for_each_role(single.roles, 1))
+    single.optimizer.step(a_factor_for_each_role(single.finals, 1))
     groups = single.optimizer.torchs.param_groups
-    assert sorted(role for group in groups for role in group["members"]) == single.roles
+    assert sorted(role for group in groups for role in group["members"]) == list(single.finals)
     for group in groups:
         (role,) = group["members"]
         assert {param.role.name for param in group["params"]} == {role}

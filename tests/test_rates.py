@@ -1,0 +1,160 @@
+"""LRs of single roles, at the peak and at the end of the schedule: RLRS (arXiv 2507.03526)."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import MixtralConfig
+
+from minimoe import (
+    PARAMETRIZATIONS,
+    RELATIVE_RATES,
+    Config,
+    Rule,
+    TrainOptions,
+    adopt,
+    explain,
+    fan_in,
+    growing,
+    read_sweep,
+    relative_rates,
+    sweep,
+    train,
+)
+from minimoe.arms import embedding_times, rate_arms
+from minimoe.batched import BatchedRuns
+from minimoe.explanations import side_by_side
+from minimoe.identity import run_key
+from minimoe.model import MiniMoE
+from minimoe.step import SingleRun, lr_factor, lr_factors
+
+MOE = RELATIVE_RATES["moe"]
+FIELDS = {"width": 32, "context": 16, "n_experts": 4}
+OPTIONS = TrainOptions(batch_size=4, eval_batches=2, evals=2)
+MUP = PARAMETRIZATIONS["mup"]
+STEPS = 20
+
+
+def at_the_end(table, lr=1.0):
+    """role -> its LR in the last step, as torch's optimizer has it."""
+    run = SingleRun([MiniMoE(Config(table, **FIELDS))], [lr], OPTIONS, STEPS)
+    tokens = torch.randint(96, (1, 4, 17), generator=torch.Generator().manual_seed(0))
+    run.step(tokens, lr_factors(STEPS - 1, STEPS, OPTIONS, run.finals))
+    return {role: group["lr"] for group in run.optimizer.torchs.param_groups for role in group["members"]}
+
+
+def key(table, **options):
+    return run_key(Config(table, **FIELDS), 0.01, STEPS, replace(OPTIONS, **options), "text")
+
+
+def test_both_readings_of_the_end():
+    own, base = (at_the_end(relative_rates("mup", MOE, "rates", end)) for end in ("own", "base"))
+    for role, (peak, last) in MOE.items():
+        assert own[role] == pytest.approx(peak * 0.1 * last)  # the authors' scheduler
+        assert base[role] == pytest.approx(0.1 * last)  # the formula as printed
+    assert own["experts_up"] == pytest.approx(0.03375)  # flat: 0.3375 of the usual end, after 0.3 of the usual peak
+    assert own["attention_out"] == own["attention"]
+
+
+def test_both_readings_have_one_peak_and_one_warm_up():
+    own, base = (relative_rates("mup", MOE, "rates", end) for end in ("own", "base"))
+    assert all(own[role].lr == base[role].lr for role in MOE)
+    warm = round(OPTIONS.warmup * STEPS)
+    for table in (own, base):
+        finals = table.final_lrs(MOE)
+        assert set(lr_factors(warm - 1, STEPS, OPTIONS, finals).values()) == {1.0}
+
+
+def test_between_peak_and_end_there_is_one_cosine():
+    for step in range(2, STEPS):
+        usual, doubled = (lr_factor(step, STEPS, OPTIONS, final) for final in (1, 2))
+        progress = (step - 1) / (STEPS - 2)
+        assert doubled - usual == pytest.approx(0.1 * (1 - (1 + math.cos(math.pi * progress)) / 2))
+
+
+def test_factors_of_1_are_the_same_training_bit_for_bit(corpus):
+    ones = relative_rates("mup", dict.fromkeys(MOE, (1, 1)), "ones")
+    assert key(ones) == key(MUP)
+    runs = train([Config(table, **FIELDS) for table in (MUP, ones)], 0.01, 0, corpus, STEPS, OPTIONS)
+    for own, other in zip(runs[0].model.parameters(), runs[1].model.parameters(), strict=True):
+        assert torch.equal(own, other)
+
+
+def test_a_constant_factor_is_a_cell_of_the_table():
+    assert key(embedding_times("mup", 5)) == key(MUP.replace("embedding", "by hand", lr=5))
+
+
+def test_an_end_counts_in_a_runs_identity_only_where_it_is_another():
+    slower = MUP.replace("router", "slower", final_lr=0.5)
+    assert key(slower) != key(MUP)
+    assert key(slower, final_lr=0.0) == key(MUP, final_lr=0.0)  # half of nothing
+
+
+def test_many_runs_at_once_take_the_same_steps(corpus):
+    table = relative_rates("mup", MOE, "rates")
+    config = replace(Config(table, **FIELDS))
+    alone, together = (train(config, 0.01, [0, 1], corpus, STEPS, OPTIONS, "cpu", at_once=n) for n in (1, 2))
+    for one, other in zip(alone, together, strict=True):
+        assert other.val_loss == pytest.approx(one.val_loss, abs=1e-4)
+    held = train(replace(config, parametrization=MUP), 0.01, 0, corpus, STEPS, OPTIONS)[0]
+    assert abs(held.val_loss - alone[0].val_loss) > 1e-3  # the schedule matters
+
+
+def test_runs_with_other_ends_are_other_programs(corpus):
+    tables = [relative_rates("mup", MOE, end, end) for end in ("own", "base")]
+    models = [MiniMoE(Config(table, **FIELDS)) for table in tables]
+    with pytest.raises(ValueError, match="must agree in final_lr"):
+        BatchedRuns(models, [0.01, 0.01], OPTIONS, STEPS)
+    runs = train([model.config for model in models], 0.01, 0, corpus, 4, OPTIONS, at_once=2)
+    assert [run.config.parametrization.name for run in runs] == ["own", "base"]
+
+
+def test_a_store_keeps_the_ends(corpus, tmp_path):
+    store, tables = tmp_path / "runs.jsonl", rate_arms("mup")
+    fields = {name: value for name, value in FIELDS.items() if name != "width"}
+    made = sweep((32,), tables, (0.01,), (0,), 4, corpus, options=OPTIONS, store=store, n_jobs=1, progress=False, **fields)
+    assert made.key.nunique() == len(tables)
+    read = read_sweep(store).set_index("parametrization").loc[[table.name for table in tables]].reset_index()
+    assert list(read.val_loss) == list(made.val_loss)
+    text = store.read_text().splitlines()
+    assert ['"final_lr": [' in line for line in text if '"history"' in line].count(True) == 2  # the two readings
+
+
+def test_rates_reach_finer_roles_and_only_roles_that_are_there():
+    finer = MUP.replace("attention_out", "finer", eps=2)
+    moved = relative_rates(finer, {"attention": (2, 0.5)}, "moved")
+    assert (moved["attention_out"].lr, moved["attention_out"].eps) == (2 / fan_in, Rule(eps=2).eps)
+    assert moved["attention_out"].final_lr.coefficient == 0.5
+    assert relative_rates("mup", {"shared_up": (2, 1)}, "shared")["experts_up"] == MUP["experts_up"]
+    with pytest.raises(KeyError, match="has no role 'experts'"):
+        relative_rates("mup", {"experts": (0.3, 1)}, "unknown")
+    with pytest.raises(ValueError, match="end='mine': must be one of own, base"):
+        relative_rates("mup", MOE, "rates", "mine")
+    with pytest.raises(ValueError, match="needs a peak above 0"):
+        relative_rates("mup", {"router": (0, 1)}, "frozen", "base")
+
+
+def test_an_end_is_a_number():
+    with pytest.raises(ValueError, match=r"final_lr=1/fan_in: must be a number"):
+        Rule(final_lr=1 / fan_in)
+
+
+def test_explain_shows_ends_where_there_are_some():
+    config = Config(relative_rates("mup", MOE, "rates"), **FIELDS)
+    assert explain(config).set_index("role").final_lr["unembedding"] == 0.444
+    assert "final_lr" not in explain(replace(config, parametrization="mup"))
+    assert "final_lr" in side_by_side(config, ["mup", config.parametrization]).differs.loc["unembedding"]
+
+
+def test_the_groups_of_an_adopted_model_carry_the_end():
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    few = {"num_hidden_layers": 1, "vocab_size": 96, "num_local_experts": 4}
+    ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    plan = adopt(growing(MixtralConfig(**sizes, **few, **ids, tie_word_embeddings=False), *sizes), width=128, base_width=64)
+    table = relative_rates("mup", MOE, "rates")
+    plan.initialise(table)
+    ends = {group["role"]: group.get("final_lr", 1) for group in plan.param_groups(table, 0.01)}
+    assert ends["router"] == 1
+    assert ends["experts_down"] == 1.125
+    assert ends["unembedding"] == 0.444
