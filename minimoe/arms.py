@@ -24,8 +24,8 @@ mup, whose down projection goes by its own fan_in.
 
 Experts that grow with the width (`REGIME_ARMS`): muP and MSSP in the three regimes of arXiv 2605.14200.
 
-Some arms differ in the table alone, whose name is the arm's: `rate_arms` (LRs of single roles over the schedule), `EMBEDDING_ARMS`
-(is it the embedding?), `DECAY_ARMS` (weight decay with the width).
+Some arms differ in the table alone, whose name is the arm's: `rate_arms` (LRs of single roles over the schedule),
+`EMBEDDING_ARMS` (is it the embedding?), `DECAY_ARMS` (weight decay with the width).
 """
 
 from __future__ import annotations
@@ -195,8 +195,8 @@ REGIME_ARMS: dict[str, Arm] = {name: Arm(table, _SIGMOID) for name, table in REG
 
 
 def rate_arms(name: str) -> list[Parametrization]:
-    """The table of this name, and with the rates of RLRS for a MoE (arXiv 2507.03526): their end read in two ways, held at the peak's
-    factors, and two of them alone."""
+    """The table of this name, and the table with the rates of RLRS for a MoE (arXiv 2507.03526): their end read in two ways, held
+    at the peak's factors, and two of them alone."""
     rates = RELATIVE_RATES["moe"]
     held = {role: (peak, 1) for role, (peak, _) in rates.items()}
     experts = {role: rates_of for role, rates_of in held.items() if role.startswith("experts")}
@@ -230,8 +230,8 @@ def decayed(table: Parametrization, power: float, name: str) -> Parametrization:
     return table
 
 
-# Under mup the hidden weights' LR falls like 1 / n. Weight decay times n: CompleteP, arXiv 2505.01618, and Complete(d)P, 2512.22382;
-# times the root of n: arXiv 2510.15262; as it is: Complete-muE, arXiv 2605.23893.
+# Under mup the hidden weights' LR falls like 1 / n. Weight decay times n: CompleteP, arXiv 2505.01618, and Complete(d)P,
+# 2512.22382; times the root of n: 2510.15262; as it is: Complete-muE, 2605.23893.
 DECAY_ARMS: list[Parametrization] = [
     decayed(_MUP, 1, "mup, decay x n"),
     decayed(_MUP, 0.5, "mup, decay x sqrt n"),

@@ -1,9 +1,9 @@
 """A published law for mixtures of experts: the loss, and the best LR, from active parameters, tokens and number of experts.
 
-Joint scaling laws for dense and MoE models (Ludziejewski et al., ICML 2025, arXiv 2502.05172): equation 6 with the coefficients of
-Table 3, and equation 8. The authors fitted the law to more than 280 trainings under SP: one active expert of 1 to 32, 79 million
-to 2.7 billion active parameters, 0.5 to 80 billion tokens. Nothing here was fitted by us. Far outside these ranges the law can
-be absurd, and `joint_law` says which rows lie outside.
+Joint scaling laws for dense and MoE models (Ludziejewski et al., ICML 2025, arXiv 2502.05172): equation 6 with the coefficients
+of Table 3, and equation 8. The authors fitted the law to more than 280 trainings under SP: one active expert of 1 to 32,
+79 million to 2.7 billion active parameters, 0.5 to 80 billion tokens. Nothing here was fitted by us. Far outside these ranges
+the law says little; `joint_law` says which rows lie outside.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def joint_law(
     active parameters are embedding and unembedding; the LR rule leaves them out. One expert is active for each token, as
     large as the dense model's feed-forward network.
 
-    Columns: experts, loss (nats per token), gain (of loss over one expert), lr (the best peak LR of Adam under SP), fitted (whether
-    all three lie where the law was fitted). Raises ValueError or TypeError for what is no positive size.
+    Columns: experts, loss (nats per token), gain (of loss over one expert), lr (the best peak LR of Adam under SP), fitted
+    (whether all three sizes lie where the law was fitted). Raises ValueError or TypeError for what is no positive size.
     """
     active, tokens, embedding = positive("active", active), positive("tokens", tokens), not_negative("embedding", embedding)
     require(embedding < active, "embedding", embedding, f"must be less than active={active:g}")

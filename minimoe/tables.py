@@ -248,8 +248,8 @@ def square_root_rule(table: Parametrization, name: str) -> Parametrization:
     return Parametrization(name, {role: rule if role in SCALES else moved(rule) for role, rule in table.rules})
 
 
-# RLRS, relative learning rates (arXiv 2507.03526): role -> the factors on its LR at the schedule's peak and at its end. The values
-# are those of the authors' configuration files, tuned at a small size: for a MoE of 8 experts, and for a dense model.
+# RLRS, relative learning rates (arXiv 2507.03526): role -> the factors on its LR at the schedule's peak and at its end. The
+# values are those of the authors' configuration files, tuned at a small size: for a MoE of 8 experts, and for a dense model.
 RELATIVE_RATES: dict[str, dict[str, tuple[float, float]]] = {
     "moe": {
         "embedding": (5, 0.666),

@@ -67,7 +67,7 @@ def write(folder: Path, address: str) -> list[Path]:
 
 
 def held(code: str) -> list[Path]:
-    """The files that a notebook with this code needs: the package, and the data whose names stand in it as "name" or /name.csv."""
+    """The files that a notebook with this code needs: the package, and the data whose names it has as "name" or /name.csv."""
     package, data = ({path for pattern in patterns for path in ROOT.glob(pattern)} for patterns in (PACKAGE, DATA))
     return sorted(package | {path for path in data if re.search(rf'["/]{path.stem}[".]', code)})
 
