@@ -32,16 +32,20 @@ from minimoe import (
     read_sweep,
     suspects,
     sweep,
+    train,
     transfer_report,
+    weight_sizes,
 )
 from minimoe.arms import (
     ARMS,
     BRIDGE_ARMS,
     CAPACITY_ARMS,
+    DECAY_ARMS,
     EMBEDDING_ARMS,
     EXPERT_ARMS,
     REGIME_ARMS,
     Arm,
+    embedding_times,
     rate_arms,
 )
 from minimoe.learning import books
@@ -313,15 +317,16 @@ def regimes() -> None:
             path = {size: values[ends] for size, values in path.items()}
             fields = {"options": OPTIONS, "store": store, "path": path, **sizes, **arm.fields}
             sweep(None, (arm.table,), DEPTH_HALVES, SEEDS, steps, **fields)
-    for name in ("mup II", "mssp II", "mup III", "mssp III"):  # in I nothing breaks
-        arm, (path, sizes) = REGIME_ARMS[name], REGIME_PATHS[name.split()[-1]]
+    for name, arm in REGIME_ARMS.items():
+        path, sizes = REGIME_PATHS[name.split()[-1]]
         path = {size: (2 * values[0],) for size, values in path.items()}
+        lrs = REGIME_HALVES[1:-1] if name in ("mup I", "mssp I") else REGIME_HALVES
         fields = {"options": OPTIONS, "store": store, "path": path, **sizes, **arm.fields}
-        sweep(None, (arm.table,), REGIME_HALVES, SEEDS, STEPS, **fields)
+        sweep(None, (arm.table,), lrs, SEEDS, STEPS, **fields)
 
 
 RATE_WIDTH = 64  # twice the base width, so that sp and mup differ
-RATE_HALVES = {"sp": [2.0 ** (half / 2) for half in range(-15, -8)], "mup": [2.0 ** (half / 2) for half in range(-14, -7)]}
+RATE_HALVES = {"sp": [2.0 ** (half / 2) for half in range(-15, -9)], "mup": [2.0 ** (half / 2) for half in range(-13, -7)]}
 RATE_STEPS = (400, 800)
 EMBEDDING_FACTORS = (2, 4, 8, 16, 32)
 
@@ -332,6 +337,14 @@ def rates() -> None:
         for name, lrs in RATE_HALVES.items():
             store = SWEEPS / f"rates_{steps}.jsonl"
             sweep((RATE_WIDTH,), rate_arms(name), lrs, SEEDS, steps, options=OPTIONS, store=store)
+
+
+def embedding_factors() -> None:
+    """The embedding's LR times 2 to 32, under sp and mup, at the base width and at four times that."""
+    lower = [lr / 2 for lr in RATE_HALVES["sp"]]  # its optimum falls by an octave per doubling
+    for width, name, lrs in ((128, "mup", RATE_HALVES["mup"]), (128, "sp", lower), (32, "mup", RATE_HALVES["mup"])):
+        tables = [name, *(embedding_times(name, factor) for factor in EMBEDDING_FACTORS)]
+        sweep((width,), tables, lrs, SEEDS, 400, options=OPTIONS, store=SWEEPS / "embedding_factors.jsonl")
 
 
 def embedding_rule() -> None:
@@ -368,6 +381,36 @@ def horizon() -> None:
         batch, steps = HORIZON_BASES[name]
         fields = {"options": replace(OPTIONS, base_batch_size=batch, base_steps=steps), "store": SWEEPS / f"horizon_{name}.jsonl"}
         sweep((32,), ("mup", ruled), HORIZON_HALVES, SEEDS, None, path=path, **fields)
+
+
+DECAY_STEPS = 1000  # LR * weight decay * steps is to be 1 at least, for hidden weights of the largest width too
+DECAY = 0.3
+DECAY_HALVES = [2.0 ** (half / 2) for half in range(-13, -7)]
+DECAYS = (0.03, 0.1, 0.3, 1.0, 3.0)
+
+
+def decay() -> None:
+    """Three rules for the weight decay with the width: the best LR at one decay, and the best decay at one LR."""
+    fields = {"steps": DECAY_STEPS, "seeds": SEEDS, "options": OPTIONS, "store": SWEEPS / "decay.jsonl"}
+    for width in (128, 32):
+        sweep((width,), DECAY_ARMS, DECAY_HALVES, weight_decay=DECAY, **fields)
+        sweep((width,), DECAY_ARMS, (2.0**-5,), weight_decay=DECAYS, **fields)
+
+
+def decay_sizes() -> None:
+    """The sizes of the weights where LR and decay are in balance: a constant LR, widths 32 to 256."""
+    path, options = SWEEPS.parent / "decay_sizes.csv", replace(OPTIONS, weight_decay=1.0, final_lr=1.0, evals=1)
+    there = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["parametrization", "width"])
+    done = set(there[["parametrization", "width"]].itertuples(index=False, name=None))
+    for width in (32, 64, 128, 256):
+        for table in DECAY_ARMS:
+            if (table.name, width) in done:
+                continue
+            runs = train(Config(table, width=width), 2.0**-5, SEEDS, "pydocs", DECAY_STEPS, options, "cpu")
+            labels = ({"parametrization": table.name, "width": width, "seed": run.seed} for run in runs)
+            rows = pd.concat([weight_sizes(run.model).assign(**own) for run, own in zip(runs, labels, strict=True)])
+            rows.to_csv(path, mode="a", header=not path.exists(), index=False, float_format="%.5g")
+            print(f"{path.name}: {table.name}, width {width}", flush=True)
 
 
 def tiny(name: str, **changes) -> Plan:
@@ -539,14 +582,14 @@ SWEPT = (
     capacities,
     regimes,
     rates,
+    embedding_factors,
     embedding_rule,
     one_active,
     horizon,
+    decay,
 )
-MADE = {
-    made.__name__: made
-    for made in (coordinates, axes, linearisation, regime_checks, overlay, upcycling, mutants, *SWEPT, learning, adopted)
-}
+CHECKED = (coordinates, axes, linearisation, regime_checks, overlay, upcycling, mutants)
+MADE = {made.__name__: made for made in (*CHECKED, *SWEPT, decay_sizes, learning, adopted)}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or MADE:

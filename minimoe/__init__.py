@@ -79,6 +79,7 @@ _HOMES = {
     "transfer": ("beside", "drift_words", "losses_at", "regrets", "summary", "transfer_report"),
     "upcycling": ("first_losses", "upcycled"),
     "verdicts": ("exponents",),
+    "weights": ("weight_sizes",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)

@@ -161,6 +161,7 @@ def beside(frame: pd.DataFrame, reference: str, loss: str = "val_loss") -> pd.Da
 
     moved, moved_error: by how many octaves each seed's optimum lies above the reference's, mean and standard error over seeds.
     regret, regret_error: what the reference's grid_lr costs here (nats), as in `transfer_report`.
+    gain, gain_error: by how many nats the loss at the own grid_lr lies below the reference's at its own, seed by seed.
 
     Raises ValueError as `mean_losses` does, or for a reference that has no rows.
     """
@@ -174,6 +175,7 @@ def beside(frame: pd.DataFrame, reference: str, loss: str = "val_loss") -> pd.Da
         there, here = (losses.loc[name].get(lr, pd.Series(dtype=float)) for lr in (own.grid_lr[reference], found.grid_lr))
         row = {"parametrization": name, **found[["grid_lr", "best_loss", "octave", "octave_error"]]}
         row |= _mean_and_error("moved", octaves.loc[name] - octaves.loc[reference])
+        row |= _mean_and_error("gain", losses.loc[reference][own.grid_lr[reference]] - here)
         rows.append(row | _mean_and_error("regret", there - here))
     return pd.DataFrame(rows)
 

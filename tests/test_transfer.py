@@ -356,7 +356,7 @@ def test_arms_beside_a_reference_seed_by_seed():
     rows = []
     for name, centres in {"dense": (-6, -6.5), "close": (-6.5, -7.0), "spread": (-6.25, -7.25)}.items():
         for seed, centre in enumerate(centres):
-            rows.append(frame({64: parabola(centre, 2.0)}, name, (seed,)))
+            rows.append(frame({64: parabola(centre, 1.7 if name == "spread" else 2.0)}, name, (seed,)))
     found = beside(pd.concat(rows, ignore_index=True).assign(steps=200), "dense").set_index("parametrization")
     assert list(found.index) == ["dense", "close", "spread"]
     assert found.moved.tolist() == pytest.approx([0, -0.5, -0.5])
@@ -367,6 +367,10 @@ def test_arms_beside_a_reference_seed_by_seed():
     losses = [0.1 * (-6 - centre) ** 2 - 0.1 * (-7 - centre) ** 2 for centre in (-6.5, -7.0)]
     assert found.regret["close"] == pytest.approx(np.mean(losses))
     assert (found.regret["dense"], found.octave["dense"]) == (0, pytest.approx(-6.25))
+    own = round(math.log2(found.grid_lr["spread"]))
+    gains = [0.3 + 0.1 * (-6 - a) ** 2 - 0.1 * (own - b) ** 2 for a, b in zip((-6, -6.5), (-6.25, -7.25), strict=True)]
+    assert (found.gain["dense"], found.gain["spread"]) == (0, pytest.approx(np.mean(gains)))
+    assert found.gain_error["spread"] == pytest.approx(np.std(gains, ddof=1) / 2**0.5)
 
 
 def test_what_cannot_be_set_beside_one_another():
