@@ -1,4 +1,4 @@
-# demo: the picture, trained now (about 2 minutes on two cores)   test: every test   lab: the notebooks in JupyterLab
+# demo: the picture, trained now (about 2 minutes on two cores)   test: every test, files side by side   lab: the notebooks in JupyterLab
 # site: the course as static pages, in site/   slides: the lecture, in site/slides/
 # handout: the lab's copies, sheet and rubric, in handout/
 # cloud ADDRESS=https://...: notebooks that install minimoe from the site at that address
@@ -10,7 +10,7 @@ demo: .venv/installed
 	.venv/bin/minimoe demo
 
 test: .venv/installed
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 lab: .venv/installed
 	.venv/bin/jupyter lab notebooks

@@ -1,0 +1,117 @@
+"""Pictures of the LRs of single roles, over the schedule, and of what they gain: tables and rows in, a matplotlib Figure out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from .checks import require
+from .figures import MARKERS, QUIET, plain
+from .optima_figures import LOOKS
+from .parametrization import Parametrization
+from .step import TrainOptions, lr_factor
+from .tables import parametrization
+
+LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+
+
+def _fraction(value: float) -> str:
+    """A power of two as a course writes it: 4, 1, 1/4."""
+    return f"{value:g}" if value >= 1 else f"1/{1 / value:g}"
+
+
+def schedule_curves(
+    tables: Sequence[str | Parametrization],
+    roles: Sequence[str] = ("embedding", "unembedding", "router", "experts_up", "attention"),
+    steps: int = 400,
+    options: TrainOptions = TrainOptions(),  # noqa: B008 (frozen)
+) -> Figure:
+    """The LR of each role over the steps, in units of the base LR, at the base shape: a panel per table."""
+    tables = [parametrization(table) for table in tables]
+    require(tables, "tables", tables, "must be one table or more")
+    figure = Figure(figsize=(4.1 * len(tables) + 1.4, 3.6), layout="constrained")
+    for axes, table in zip(figure.subplots(1, len(tables), squeeze=False, sharey=True)[0], tables, strict=True):
+        for place, role in enumerate(roles):
+            peak, final = table[role].lr.coefficient, table[role].final_lr.coefficient
+            lrs = [peak * lr_factor(step, steps, options, final) for step in range(steps)]
+            look = {"color": LOOKS[place % len(LOOKS)], "linestyle": LINES[place % len(LINES)]}
+            lines = axes.plot(range(1, steps + 1), lrs, label=plain(role.removesuffix("_up")), linewidth=1.8, **look)
+            axes.plot(steps, lrs[-1], MARKERS[place % len(MARKERS)], color=lines[0].get_color(), markersize=5, clip_on=False)
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _fraction(value)))
+        axes.set_ylim(1 / 64, 8)
+        axes.set_title(plain(table.name), fontsize=11)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.25)
+    figure.supylabel("LR over the base LR", fontsize=10)
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right center", frameon=False)
+    return figure
+
+
+def gain_chart(found: Mapping[str, pd.DataFrame], reference: str, labels: Mapping[str, str] | None = None) -> Figure:
+    """By how many nats each arm's best loss lies below the reference's: a row per arm, a colour per entry of `found`; thick bars
+    are one standard error over seeds, thin bars two. A point on the right is a lower loss.
+
+    found: what the legend says -> a frame of `beside`. labels: parametrization -> what its row says. Raises ValueError for no
+    frame, or one without the reference.
+    """
+    require(found, "found", found, "must be name -> frame")
+    for name, rows in found.items():
+        require((rows.parametrization == reference).any(), "reference", reference, f"{name!r} has no such row")
+    arms = [name for name in next(iter(found.values())).parametrization if name != reference]
+    figure = Figure(figsize=(8.6, 1.2 + 0.5 * len(arms)), layout="constrained")
+    axes = figure.subplots()
+    for place, (name, rows) in enumerate(found.items()):
+        rows = rows.set_index("parametrization")
+        colour, marker = LOOKS[place % len(LOOKS)], MARKERS[place % len(MARKERS)]
+        for height, arm in enumerate(arms):
+            gain, error = rows.gain[arm], rows.gain_error[arm]
+            y = height + 0.18 * (place - (len(found) - 1) / 2)
+            for errors, width in ((1, 3.5), (2, 1.2)):
+                axes.plot([gain - errors * error, gain + errors * error], [y, y], color=colour, linewidth=width)
+            axes.plot(gain, y, marker, color=colour, markersize=7, label=name if height == 0 else None)
+    axes.axvline(0, color=QUIET, linewidth=0.9)
+    axes.set_yticks(range(len(arms)), [plain((labels or {}).get(arm, arm)) for arm in arms])
+    axes.set_ylim(len(arms) - 0.5, -0.5)
+    axes.set_xlabel(f"best loss of {plain((labels or {}).get(reference, reference))} less the arm's own, nats (right: better)")
+    axes.grid(alpha=0.25, axis="x")
+    figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+    return figure
+
+
+def factor_curves(rows: pd.DataFrame, panel: str, curve: str, loss: str = "val_loss") -> Figure:
+    """Loss against a factor on one LR: a panel per value of `panel`, a curve per value of `curve`. Mean over the seeds, bars of
+    one standard error; a star at the lowest mean.
+
+    rows: columns factor, seed, the loss, and those named by `panel` and `curve`, one row for each of their combinations. Raises
+    ValueError for a missing column, or no rows.
+    """
+    missing = {"factor", "seed", panel, curve, loss} - set(rows.columns)
+    require(not missing, "rows", sorted(missing), "these columns are missing")
+    require(len(rows), "rows", 0, "there are none")
+    panels, curves = list(dict.fromkeys(rows[panel])), list(dict.fromkeys(rows[curve]))
+    figure = Figure(figsize=(2.9 * len(panels) + 1.6, 3.4), layout="constrained")
+    for axes, title in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True):
+        for place, name in enumerate(curves):
+            own = rows[(rows[panel] == title) & (rows[curve] == name)].groupby("factor")[loss].agg(["mean", "sem"])
+            if own.empty:
+                continue
+            x, colour = np.log2(own.index), LOOKS[place % len(LOOKS)]
+            look = {"color": colour, "marker": MARKERS[place % len(MARKERS)], "markersize": 5, "capsize": 2, "linewidth": 1.5}
+            axes.errorbar(x, own["mean"], yerr=own["sem"].fillna(0), label=plain(str(name)), **look)
+            least = own["mean"].idxmin()
+            axes.plot(np.log2(least), own["mean"][least], "*", color=colour, markersize=13, markeredgecolor="black", zorder=5)
+        ticks = sorted({round(float(tick)) for tick in np.log2(rows.factor)})
+        axes.set_xticks(ticks, [_fraction(2.0**tick) for tick in ticks])
+        axes.set_title(plain(str(title)), fontsize=11)
+        axes.grid(alpha=0.25)
+    figure.supxlabel("factor on the LR", fontsize=10)
+    figure.supylabel("validation loss, nats", fontsize=10)
+    handles = {name: line for axes in figure.axes for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False)
+    return figure
