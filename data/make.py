@@ -398,15 +398,15 @@ def decay() -> None:
 
 
 def decay_sizes() -> None:
-    """The sizes of the weights where LR and decay are in balance: a constant LR, widths 32 to 256."""
-    path, options = SWEEPS.parent / "decay_sizes.csv", replace(OPTIONS, weight_decay=1.0, final_lr=1.0, evals=1)
+    """The sizes of the weights where LR and decay are in balance: a constant LR, twice as many steps, widths 32 to 128."""
+    path, options = SWEEPS.parent / "decay_sizes.csv", replace(OPTIONS, weight_decay=DECAY, final_lr=1.0, evals=1)
     there = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["parametrization", "width"])
     done = set(there[["parametrization", "width"]].itertuples(index=False, name=None))
-    for width in (32, 64, 128, 256):
+    for width in (32, 64, 128):
         for table in DECAY_ARMS:
             if (table.name, width) in done:
                 continue
-            runs = train(Config(table, width=width), 2.0**-5, SEEDS, "pydocs", DECAY_STEPS, options, "cpu")
+            runs = train(Config(table, width=width), 2.0**-5, SEEDS, "pydocs", 2 * DECAY_STEPS, options, "cpu")
             labels = ({"parametrization": table.name, "width": width, "seed": run.seed} for run in runs)
             rows = pd.concat([weight_sizes(run.model).assign(**own) for run, own in zip(runs, labels, strict=True)])
             rows.to_csv(path, mode="a", header=not path.exists(), index=False, float_format="%.5g")

@@ -65,16 +65,19 @@ def gain_chart(found: Mapping[str, pd.DataFrame], reference: str, labels: Mappin
         require((rows.parametrization == reference).any(), "reference", reference, f"{name!r} has no such row")
     arms = [name for name in next(iter(found.values())).parametrization if name != reference]
     figure = Figure(figsize=(8.6, 1.2 + 0.5 * len(arms)), layout="constrained")
-    axes = figure.subplots()
+    axes, named = figure.subplots(), set()
     for place, (name, rows) in enumerate(found.items()):
         rows = rows.set_index("parametrization")
         colour, marker = LOOKS[place % len(LOOKS)], MARKERS[place % len(MARKERS)]
         for height, arm in enumerate(arms):
+            if arm not in rows.index:
+                continue
             gain, error = rows.gain[arm], rows.gain_error[arm]
             y = height + 0.18 * (place - (len(found) - 1) / 2)
             for errors, width in ((1, 3.5), (2, 1.2)):
                 axes.plot([gain - errors * error, gain + errors * error], [y, y], color=colour, linewidth=width)
-            axes.plot(gain, y, marker, color=colour, markersize=7, label=name if height == 0 else None)
+            axes.plot(gain, y, marker, color=colour, markersize=7, label=None if name in named else name)
+            named.add(name)
     axes.axvline(0, color=QUIET, linewidth=0.9)
     axes.set_yticks(range(len(arms)), [plain((labels or {}).get(arm, arm)) for arm in arms])
     axes.set_ylim(len(arms) - 0.5, -0.5)

@@ -34,17 +34,17 @@ def test_each_rule_of_decay_is_one_cell_of_the_hidden_weights():
 
 
 def test_large_decay_takes_the_weights_to_a_size_of_their_own(corpus):
-    """From inits that differ by 4 the hidden weights end at one size, near sqrt(LR / (2 * weight decay))."""
-    options = TrainOptions(batch_size=4, eval_batches=1, evals=1, weight_decay=10.0, final_lr=1.0)
+    """From inits that differ by 4 the hidden weights end at one size, somewhat below sqrt(LR / (2 * weight decay))."""
+    options = TrainOptions(batch_size=4, eval_batches=1, evals=1, weight_decay=1.0, final_lr=1.0)
     tables = [DECAY_ARMS[2], DECAY_ARMS[2].replace("experts_up", "large", init_var=16 * DECAY_ARMS[2]["experts_up"].init_var)]
     configs = [Config(table, width=32, context=16, n_experts=4) for table in tables]
     start, end = (
         [weight_sizes(m).set_index("tensor").rms["blocks.0.moe.up"] for m in models]
         for models in (
             [MiniMoE(config) for config in configs],
-            [run.model for run in train(configs, 2.0**-6, 0, corpus, 60, options, "cpu")],
+            [run.model for run in train(configs, 2.0**-5, 0, corpus, 400, options, "cpu")],
         )
     )
     assert start[1] == pytest.approx(4 * start[0])
-    assert end[1] == pytest.approx(end[0], rel=0.05)
-    assert 0.5 < end[0] / (2.0**-6 / 20) ** 0.5 < 3
+    assert end[1] == pytest.approx(end[0], rel=0.2)
+    assert 0.4 < end[0] / (2.0**-5 / 2) ** 0.5 < 1
