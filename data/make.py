@@ -46,6 +46,7 @@ from minimoe.arms import (
     REGIME_ARMS,
     Arm,
     embedding_times,
+    one_varied,
     rate_arms,
 )
 from minimoe.learning import books
@@ -347,6 +348,17 @@ def embedding_factors() -> None:
         sweep((width,), tables, lrs, SEEDS, 400, options=OPTIONS, store=SWEEPS / "embedding_factors.jsonl")
 
 
+U_FACTORS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)
+
+
+def one_rate() -> None:
+    """One LR changed at a time, from 1/8 to 8, about the best arm of `rates` at its best LR, at the base width and at four times
+    that."""
+    for width, name, lr in ((128, "mup", 2.0**-5), (128, "sp", 2.0**-7), (32, "mup", 2.0**-5)):
+        tables = [table for *_, table in one_varied(name, U_FACTORS).values()]
+        sweep((width,), tables, (lr,), SEEDS, 400, options=OPTIONS, store=SWEEPS / "one_rate.jsonl")
+
+
 def embedding_rule() -> None:
     """Is it the embedding? sp with the embedding's LR times the width's ratio, and mup with the LR divided by it."""
     for width in (256, 128, 64):
@@ -583,6 +595,7 @@ SWEPT = (
     regimes,
     rates,
     embedding_factors,
+    one_rate,
     embedding_rule,
     one_active,
     horizon,

@@ -215,6 +215,25 @@ def embedding_times(name: str, factor: float) -> Parametrization:
     return relative_rates(name, {"embedding": (factor, 1)}, f"{name}, embedding x {factor:g}")
 
 
+VARIED = {  # of the model's roles, those whose LRs move together
+    "embedding": ("embedding",),
+    "unembedding": ("unembedding",),
+    "router": ("router",),
+    "experts": ("experts_up", "experts_down"),
+    "attention": ("attention",),
+}
+
+
+def one_varied(name: str, factors: tuple[float, ...]) -> dict[str, tuple[str, float, Parametrization]]:
+    """One LR changed at a time, about the table of this name with the embedding's LR times 5: name -> (role, factor, table)."""
+    start, found = embedding_times(name, 5), {}
+    for role, members in VARIED.items():
+        for factor in factors:
+            label = start.name if factor == 1 else f"{start.name}, {role} x {factor:g}"
+            found[f"{role} x {factor:g}"] = (role, factor, relative_rates(start, dict.fromkeys(members, (factor, 1)), label))
+    return found
+
+
 _SP, _MUP = PARAMETRIZATIONS["sp"], PARAMETRIZATIONS["mup"]
 EMBEDDING_ARMS: list[Parametrization] = [  # arXiv 2605.21486: is muP's gain the embedding's LR alone?
     _SP.replace("embedding", "sp, embedding LR x n", lr=width),
