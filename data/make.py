@@ -557,13 +557,20 @@ def learning() -> None:
             add_books(SWEEPS.parent / "promise.csv", name, width, 2.0**-6, records=range(5, 25, 5), intervals=8)
 
 
-def add_books(path: Path, name: str, width: int, lr: float, **how) -> None:
+def rate_books() -> None:
+    """Which role brought about how much of the loss's fall in 400 steps: muP, and muP with the embedding's LR times 5; width 32."""
+    for table in ("mup", embedding_times("mup", 5)):
+        add_books(SWEEPS.parent / "rate_books.csv", table, 32, 2.0**-5, steps=400, records=(20, *range(50, 401, 50)))
+
+
+def add_books(path: Path, table, width: int, lr: float, steps: int = STEPS, **how) -> None:
     """Train three seeds, and append the books of each (see `minimoe.learning`) when it is done."""
+    name = getattr(table, "name", table)
     there = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["parametrization", "width", "seed"])
     done = set(there[["parametrization", "width", "seed"]].itertuples(index=False, name=None))
     for seed in SEEDS:
         if (name, width, seed) not in done:
-            frame = books(Config(name, width=width, seed=seed), lr, "pydocs", STEPS, OPTIONS, **how)
+            frame = books(Config(table, width=width, seed=seed), lr, "pydocs", steps, OPTIONS, **how)
             frame.to_csv(path, mode="a", header=not path.exists(), index=False, float_format="%.5g")
             print(f"{path.name}: {name}, width {width}, seed {seed}", flush=True)
 
@@ -602,7 +609,7 @@ SWEPT = (
     decay,
 )
 CHECKED = (coordinates, axes, linearisation, regime_checks, overlay, upcycling, mutants)
-MADE = {made.__name__: made for made in (*CHECKED, *SWEPT, decay_sizes, learning, adopted)}
+MADE = {made.__name__: made for made in (*CHECKED, *SWEPT, decay_sizes, learning, rate_books, adopted)}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or MADE:
