@@ -558,7 +558,7 @@ def learning() -> None:
 
 
 def rate_books() -> None:
-    """Which role brought about how much of the loss's fall in 400 steps: muP, and muP with the embedding's LR times 5; width 32."""
+    """Which role lowered the loss by how much in 400 steps: muP, and muP with the embedding's LR times 5; width 32."""
     for table in ("mup", embedding_times("mup", 5)):
         add_books(SWEEPS.parent / "rate_books.csv", table, 32, 2.0**-5, steps=400, records=(20, *range(50, 401, 50)))
 
