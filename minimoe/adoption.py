@@ -264,11 +264,13 @@ class Plan:
         """
         table = parametrization(table)
         factors, rows = self.factors(table), {}
+        ends = any(to.final_lr != 1 for to in factors.values())
         for own in self.parameters:
             to, rule = factors[own.name], table[own.row] if own.row else Rule()
             row = {"name": own.tensor, "role": own.role, "kind": own.kind, "shape": own.shape}
             row |= {"fan_in": own.terms, "ratio": own.ratio, "init_std": to.std, "lr": to.lr, "effective_lr": lr * to.lr}
-            row |= {"eps": to.eps, "weight_decay": to.weight_decay, "why": why(own.kind, rule, float(own.ratio != 1))}
+            row |= {"eps": to.eps, "weight_decay": to.weight_decay} | ({"final_lr": to.final_lr} if ends else {})
+            row |= {"why": why(own.kind, rule, float(own.ratio != 1))}
             rows[tuple(row.values())] = row
         return Explanation(list(rows.values()))
 
@@ -300,11 +302,13 @@ class Plan:
 
     def to_json(self, table: str | Parametrization = "mup") -> str:
         """For trainers that take a table and no dependency: a JSON list of {name, role, kind, init_std, start, lr, eps,
-        weight_decay}, each number a factor on the base model's (start: on the mean of a gain or a bias)."""
+        weight_decay}, each number a factor on the base model's (start: on the mean of a gain or a bias); also one_minus_beta and
+        final_lr (on the end of the schedule), where they are not 1."""
         factors = self.factors(table)
         rows = [
             {"name": own.name, "role": own.role, "kind": own.kind, "init_std": to.std, "start": to.start}
             | {"lr": to.lr, "eps": to.eps, "weight_decay": to.weight_decay}
+            | {cell: getattr(to, cell) for cell in ("one_minus_beta", "final_lr") if getattr(to, cell) != 1}
             for own in self.parameters
             for to in [factors[own.name]]
         ]

@@ -116,6 +116,7 @@ BRANCHES = '"residual": Rule(multiplier=depth**-alpha),'
 ROUTED = '"routed": Rule(multiplier=1 / (top_k * granularity)),'
 ROUTE_SCALE = '"routed": Rule(multiplier=top_k * granularity),'
 MSSP_CELL = '_mup_ii.replace("experts_down", "mssp II", init_var=_experts / fan_in),'
+LAST_FACTOR = 'final_lr=rule.final_lr * (last if end == "own" else last / peak)'
 TABLES, ARMS = "tables.py", "arms.py"
 SABOTAGE = {
     "le": (TABLES, SP_ROUTER, SP_ROUTER.replace("lr=1", "lr=1 / fan_in")),  # the lecture
@@ -132,6 +133,7 @@ SABOTAGE = {
     "11": (TABLES, ROUTED, ROUTED.replace("1 / (top_k * granularity)", "1")),
     "12": (TABLES, ROUTE_SCALE, ROUTE_SCALE.replace("top_k * granularity", "1")),
     "13": (TABLES, MSSP_CELL, MSSP_CELL.replace("init_var=_experts / fan_in", "init_var=1 / fan_in")),
+    "14": (TABLES, LAST_FACTOR, "final_lr=rule.final_lr * last"),
     "07": (ARMS, AUTHORS_DOWN, AUTHORS_DOWN.replace('"lr": 1 / DOWN[down]', '"lr": 1')),
 }
 

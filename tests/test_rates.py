@@ -1,5 +1,6 @@
 """LRs of single roles, at the peak and at the end of the schedule: RLRS (arXiv 2507.03526)."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -158,6 +159,10 @@ def test_the_groups_of_an_adopted_model_carry_the_end():
     assert ends["router"] == 1
     assert ends["experts_down"] == 1.125
     assert ends["unembedding"] == 0.444
+    written = {row["name"]: row.get("final_lr", 1) for row in json.loads(plan.to_json(table))}
+    assert {written["model.embed_tokens.weight"], written["lm_head.weight"]} == {0.666, 0.444}
+    assert plan.explain(table).set_index("role").final_lr["unembedding"] == 0.444
+    assert "final_lr" not in plan.explain("mup")
 
 
 def test_one_rate_at_a_time_is_changed_about_one_table():

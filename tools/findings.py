@@ -26,6 +26,7 @@ from minimoe import (
     summary,
     transfer_report,
 )
+from minimoe.arms import EMBEDDING_ARMS, rate_arms
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "findings.md"
@@ -139,6 +140,7 @@ def tables() -> dict[str, str]:
     made |= {"checks": checks_table(pd.read_csv(SWEEPS.parent / "axes.csv"))}
     made |= {name: overlay_table(pd.read_csv(SWEEPS.parent / f"{name}.csv")) for name in ("overlay", "upcycling")}
     made |= {"regime checks": regime_checks_table(pd.read_csv(SWEEPS.parent / "regimes.csv"))}
+    made |= {f"rates, {name}": rates_table(stores("rates_400"), name) for name in ("sp", "mup")}
     return made | {name: drift_table(adopted(names), "width") for name, names in models.items()}
 
 
@@ -155,8 +157,20 @@ def of_depth_and_experts() -> dict[str, tuple[pd.DataFrame, str]]:
         "regimes": (labelled(stores("regimes"), REGIME_ARMS), "width"),
     }
     lengths = ((name + end, rows[rows.steps == steps], by) for name, (rows, by) in both.items() for end, steps in LENGTHS.items())
-    batch = {"share, four times the batch": (shares(stores("share_batch")), "share")}
-    return {name: (rows, by) for name, rows, by in lengths} | batch
+    others = {
+        "share, four times the batch": (shares(stores("share_batch")), "share"),
+        "is it the embedding": (with_and_without_embedding(), "width"),
+    }
+    return {name: (rows, by) for name, rows, by in lengths} | others
+
+
+def with_and_without_embedding() -> pd.DataFrame:
+    """sp and mup of `transfer`, and the arms that change the embedding's LR alone; these are sp and mup at the base width."""
+    rows = stores("transfer", "embedding_rule")
+    rows = rows[rows.parametrization != "simplep"]
+    base = rows[(rows.parametrization == "mup") & (rows.width == 32)]
+    shared = [base.assign(parametrization=table.name) for table in EMBEDDING_ARMS]
+    return pd.concat([rows, *shared], ignore_index=True)
 
 
 def shares(rows: pd.DataFrame) -> pd.DataFrame:
@@ -175,6 +189,19 @@ def bridges_table(rows: pd.DataFrame, reference: str = "dense") -> str:
         said = "" if row.parametrization == reference else moved
         costs = f"{row.regret:.3f} ± {row.regret_error:.3f}"
         lines.append([row.parametrization, measured(row.octave, row.octave_error), said, costs, f"{row.best_loss:.3f}"])
+    return markdown(lines)
+
+
+def rates_table(rows: pd.DataFrame, reference: str) -> str:
+    """By how much each arm's best loss lies below the reference's, seed by seed, and how far its best LR lies from it: a row per
+    arm of this table, as markdown."""
+    lines = [["arm", "best log2 LR", f"less that of {reference}, octaves", "gain, nats", "best loss"]]
+    names = [table.name for table in rate_arms(reference)]
+    found = beside(rows[rows.parametrization.isin(names)], reference).set_index("parametrization", drop=False)
+    for row in found.loc[names].itertuples():
+        moved, gain = drift_words(row.moved, row.moved_error).replace("|", "\\|"), f"{row.gain:+.3f} ± {row.gain_error:.3f}"
+        said = ("", "") if row.parametrization == reference else (moved, gain)
+        lines.append([row.parametrization, measured(row.octave, row.octave_error), *said, f"{row.best_loss:.3f}"])
     return markdown(lines)
 
 
