@@ -321,7 +321,7 @@ def regimes() -> None:
     for name, arm in REGIME_ARMS.items():
         path, sizes = REGIME_PATHS[name.split()[-1]]
         path = {size: (2 * values[0],) for size, values in path.items()}
-        lrs = REGIME_HALVES[1:-1] if name in ("mup I", "mssp I") else REGIME_HALVES
+        lrs = REGIME_HALVES[1:] if name in ("mup I", "mssp I") else REGIME_HALVES
         fields = {"options": OPTIONS, "store": store, "path": path, **sizes, **arm.fields}
         sweep(None, (arm.table,), lrs, SEEDS, STEPS, **fields)
 

@@ -26,7 +26,7 @@ from minimoe import (
     summary,
     transfer_report,
 )
-from minimoe.arms import EMBEDDING_ARMS, rate_arms
+from minimoe.arms import rate_arms
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "findings.md"
@@ -157,20 +157,8 @@ def of_depth_and_experts() -> dict[str, tuple[pd.DataFrame, str]]:
         "regimes": (labelled(stores("regimes"), REGIME_ARMS), "width"),
     }
     lengths = ((name + end, rows[rows.steps == steps], by) for name, (rows, by) in both.items() for end, steps in LENGTHS.items())
-    others = {
-        "share, four times the batch": (shares(stores("share_batch")), "share"),
-        "is it the embedding": (with_and_without_embedding(), "width"),
-    }
-    return {name: (rows, by) for name, rows, by in lengths} | others
-
-
-def with_and_without_embedding() -> pd.DataFrame:
-    """sp and mup of `transfer`, and the arms that change the embedding's LR alone; these are sp and mup at the base width."""
-    rows = stores("transfer", "embedding_rule")
-    rows = rows[rows.parametrization != "simplep"]
-    base = rows[(rows.parametrization == "mup") & (rows.width == 32)]
-    shared = [base.assign(parametrization=table.name) for table in EMBEDDING_ARMS]
-    return pd.concat([rows, *shared], ignore_index=True)
+    batch = {"share, four times the batch": (shares(stores("share_batch")), "share")}
+    return {name: (rows, by) for name, rows, by in lengths} | batch
 
 
 def shares(rows: pd.DataFrame) -> pd.DataFrame:
