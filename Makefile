@@ -2,7 +2,7 @@
 # site: the course as static pages, in site/   slides: the lecture, in site/slides/
 # handout: the lab's copies, sheet and rubric, in handout/
 # cloud ADDRESS=https://...: notebooks that install minimoe from the site at that address
-# notebooks: run them again, in place    student: copies without answers    data: the shipped sweeps again (four hours)
+# notebooks: run them again, in place    student: copies without answers    data: the shipped sweeps again (a day of two cores)
 # figure: the README's pictures          lint: ruff                         clean: remove what these made
 PYTHON ?= python3
 

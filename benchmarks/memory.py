@@ -21,7 +21,7 @@ config = Config(width=128, n_experts=int(sys.argv[1]), top_k=int(sys.argv[2]))
 run, batch = SingleRun([MiniMoE(config)], [1e-3], TrainOptions(batch_size=64)), torch.randint(96, (1, 64, 65))
 for p in run.model.parameters():  # AdamW's state and the gradients, before the first step
     p.grad = torch.zeros_like(p)
-run.optimizer.step(dict.fromkeys(run.roles, 1.0))
+run.optimizer.step(dict.fromkeys(run.finals, 1.0))
 weights = sum(p.numel() for p in run.model.parameters())
 page = resource.getpagesize()
 held = int(open("/proc/self/statm").read().split()[1]) * page

@@ -138,7 +138,7 @@ def test_an_edited_table_moves_one_row():
     assert changed == {"model.layers.*.mlp.gate.weight"}
     name = "model.layers.0.mlp.gate.weight"
     assert (after[name].std, after[name].lr) == (2 * before[name].std, before[name].lr / 2)
-    assert all(factors == (1, 1, 1, 1, 1, 1) for factors in plan.factors(AS_IT_IS).values())
+    assert all(set(factors) == {1} for factors in plan.factors(AS_IT_IS).values())
 
 
 def test_attention_scales_like_one_over_the_head_size_where_that_grows():
