@@ -409,11 +409,15 @@ def decay() -> None:
         sweep((width,), DECAY_ARMS, (2.0**-5,), weight_decay=DECAYS, **fields)
 
 
+def labels_in(path: Path, *names: str) -> set[tuple]:
+    """What a file of rows has already: the values of these columns, together; nothing where there is no file."""
+    return set(pd.read_csv(path)[list(names)].itertuples(index=False, name=None)) if path.exists() else set()
+
+
 def decay_sizes() -> None:
     """The sizes of the weights where LR and decay are in balance: a constant LR, twice as many steps, widths 32 to 128."""
     path, options = SWEEPS.parent / "decay_sizes.csv", replace(OPTIONS, weight_decay=DECAY, final_lr=1.0, evals=1)
-    there = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["parametrization", "width"])
-    done = set(there[["parametrization", "width"]].itertuples(index=False, name=None))
+    done = labels_in(path, "parametrization", "width")
     for width in (32, 64, 128):
         for table in DECAY_ARMS:
             if (table.name, width) in done:
@@ -487,7 +491,7 @@ def add_check(axis: str, rules, fields: dict, stem: str = "axes", name: str | No
     exponents_file, values_file = (SWEEPS.parent / f"{file}.csv" for file in (stem, f"{stem}_values"))
     table_name = getattr(rules, "name", rules)
     name, sized_by = name or table_name, sized_by or axis
-    if values_file.exists() and (pd.read_csv(values_file)[["axis", "parametrization"]] == [axis, name]).all(axis=1).any():
+    if (axis, name) in labels_in(values_file, "axis", "parametrization"):
         return
     frame = coordinate_check(rules, steps=4, seeds=SEEDS, corpus="pydocs", **fields)
     table, labels = exponents(frame), ["parametrization", "layer", "tensor", "quantity"]
@@ -566,8 +570,7 @@ def rate_books() -> None:
 def add_books(path: Path, table, width: int, lr: float, steps: int = STEPS, **how) -> None:
     """Train three seeds, and append the books of each (see `minimoe.learning`) when it is done."""
     name = getattr(table, "name", table)
-    there = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["parametrization", "width", "seed"])
-    done = set(there[["parametrization", "width", "seed"]].itertuples(index=False, name=None))
+    done = labels_in(path, "parametrization", "width", "seed")
     for seed in SEEDS:
         if (name, width, seed) not in done:
             frame = books(Config(table, width=width, seed=seed), lr, "pydocs", steps, OPTIONS, **how)

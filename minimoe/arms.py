@@ -199,7 +199,7 @@ def rate_arms(name: str) -> list[Parametrization]:
     at the peak's factors, and two of them alone."""
     rates = RELATIVE_RATES["moe"]
     held = {role: (peak, 1) for role, (peak, _) in rates.items()}
-    experts = {role: rates_of for role, rates_of in held.items() if role.startswith("experts")}
+    experts = {role: pair for role, pair in held.items() if role.startswith("experts")}
     return [
         PARAMETRIZATIONS[name],
         relative_rates(name, rates, f"{name}, rlrs"),

@@ -177,6 +177,13 @@ FAMILY = {
 SCALES = ("residual", "residual_attention", "residual_moe", "routed")
 
 
+def nearest(role: str, known: Iterable[str]) -> str | None:
+    """The role itself, or the nearest one of its family, that is known; None if there is none."""
+    while role is not None and role not in known:
+        role = FAMILY.get(role)
+    return role
+
+
 @dataclass(frozen=True, repr=False)
 class Parametrization:
     """A named table: role -> Rule. Printing it shows it as the paper does; `replace` edits one role's cells.
@@ -216,9 +223,7 @@ class Parametrization:
         return served
 
     def _row_or_none(self, role: str) -> str | None:
-        while role is not None and role not in self.roles:
-            role = FAMILY.get(role)
-        return role
+        return nearest(role, self.roles)
 
     def final_lrs(self, roles: Iterable[str]) -> dict[str, float]:
         """role -> the factor on the end of its schedule. Raises KeyError for a role that the table does not serve."""

@@ -11,7 +11,6 @@ from dataclasses import replace
 
 from .checks import require
 from .parametrization import (
-    FAMILY,
     SCALES,
     Monomial,
     Parametrization,
@@ -25,6 +24,7 @@ from .parametrization import (
     fan_in,
     granularity,
     n_experts,
+    nearest,
     top_k,
     width,
 )
@@ -288,9 +288,7 @@ def relative_rates(
         table.row(role)
 
     def moved(role: str, rule: Rule) -> Rule:
-        while role not in rates and role in FAMILY:
-            role = FAMILY[role]
-        peak, last = rates.get(role, (1, 1))
+        peak, last = rates.get(nearest(role, rates), (1, 1))
         require(peak > 0 or end == "own", f"rates[{role!r}]", (peak, last), "the base's end needs a peak above 0")
         return replace(rule, lr=rule.lr * peak, final_lr=rule.final_lr * (last if end == "own" else last / peak))
 

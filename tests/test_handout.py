@@ -94,7 +94,7 @@ def test_each_archive_is_small_and_has_the_data_of_its_notebook(tmp_path):
         assert packed.stat().st_size < 5e6
         with tarfile.open(packed) as tar:
             held = {name.removeprefix(f"{cloud.NAME}/") for name in tar.getnames()}
-        code = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+        code = cloud.code_of(nbformat.read(path, as_version=4))
         named = {f"data/{name}" for name in re.findall(r'shipped\("([^"]+)"\)', code)}
         assert named <= held, path.stem
         assert "minimoe/model.py" in held

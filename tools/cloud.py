@@ -53,7 +53,7 @@ def write(folder: Path, address: str) -> list[Path]:
     written = []
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         copy = nbformat.read(path, as_version=4)
-        code = "\n".join(cell.source for cell in copy.cells if cell.cell_type == "code")
+        code = code_of(copy)
         for cell in copy.cells:
             if cell.cell_type == "markdown":
                 cell.source = LINK.sub(rf"]({address}/notebooks/\1.html", cell.source)
@@ -64,6 +64,10 @@ def write(folder: Path, address: str) -> list[Path]:
         written[-2].write_bytes(packed)
         nbformat.write(copy, written[-1])
     return written
+
+
+def code_of(notebook: nbformat.NotebookNode) -> str:
+    return "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
 
 
 def held(code: str) -> list[Path]:
