@@ -26,7 +26,7 @@ from minimoe import (
     summary,
     transfer_report,
 )
-from minimoe.arms import rate_arms
+from minimoe.arms import EMBEDDING_ARMS, rate_arms
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "findings.md"
@@ -57,6 +57,7 @@ def drift_table(frame: pd.DataFrame, by: str) -> str:
         own = [at.get((row.parametrization, size)) for size in sizes]
         cells = [measured(found.octave, found.octave_error) if found else "" for found in own]
         regret = f"{row.regret:.3f}" + ("" if math.isnan(row.regret_error) else f" ± {row.regret_error:.3f}")
+        regret = "not measured" if math.isnan(row.regret) else regret
         drifts = (drift_words(row.drift, row.drift_error), drift_words(row.per_doubling, row.per_doubling_error))
         cells += [*(words.replace("|", "\\|") for words in drifts), regret]
         cells += [f"{found.best_loss:.3f}" if found else "" for found in own]
@@ -136,11 +137,14 @@ def tables() -> dict[str, str]:
     dense, others = bridges[bridges.parametrization == "dense"], labelled(stores("capacities"), CAPACITY_ARMS)
     beside_dense = {"bridges": bridges, "capacities": pd.concat([dense, others], ignore_index=True)}
     for name, rows in beside_dense.items():
-        made |= {name + end: bridges_table(rows[rows.steps == steps]) for end, steps in LENGTHS.items()}
+        made |= {name + end: beside_table(rows[rows.steps == steps], "dense") for end, steps in LENGTHS.items()}
     made |= {"checks": checks_table(pd.read_csv(SWEEPS.parent / "axes.csv"))}
     made |= {name: overlay_table(pd.read_csv(SWEEPS.parent / f"{name}.csv")) for name in ("overlay", "upcycling")}
     made |= {"regime checks": regime_checks_table(pd.read_csv(SWEEPS.parent / "regimes.csv"))}
-    made |= {f"rates, {name}": rates_table(stores("rates_400"), name) for name in ("sp", "mup")}
+    rates = stores("rates_400")
+    for name in ("sp", "mup"):
+        own = rates[rates.parametrization.isin([table.name for table in rate_arms(name)])]
+        made[f"rates, {name}"] = beside_table(own, name, "gain")
     return made | {name: drift_table(adopted(names), "width") for name, names in models.items()}
 
 
@@ -157,8 +161,20 @@ def of_depth_and_experts() -> dict[str, tuple[pd.DataFrame, str]]:
         "regimes": (labelled(stores("regimes"), REGIME_ARMS), "width"),
     }
     lengths = ((name + end, rows[rows.steps == steps], by) for name, (rows, by) in both.items() for end, steps in LENGTHS.items())
-    batch = {"share, four times the batch": (shares(stores("share_batch")), "share")}
-    return {name: (rows, by) for name, rows, by in lengths} | batch
+    others = {
+        "share, four times the batch": (shares(stores("share_batch")), "share"),
+        "is it the embedding": (with_and_without_embedding(), "width"),
+    }
+    return {name: (rows, by) for name, rows, by in lengths} | others
+
+
+def with_and_without_embedding() -> pd.DataFrame:
+    """sp and mup of `transfer`, and the arms that change the embedding's LR alone; these are sp and mup at the base width."""
+    rows = stores("transfer", "embedding_rule")
+    rows = rows[rows.parametrization != "simplep"]
+    base = rows[(rows.parametrization == "mup") & (rows.width == 32)]
+    shared = [base.assign(parametrization=table.name) for table in EMBEDDING_ARMS]
+    return pd.concat([rows, *shared], ignore_index=True)
 
 
 def shares(rows: pd.DataFrame) -> pd.DataFrame:
@@ -168,28 +184,16 @@ def shares(rows: pd.DataFrame) -> pd.DataFrame:
     return with_all_seeds(rows[rows.share <= 1 / 2], "share")
 
 
-def bridges_table(rows: pd.DataFrame, reference: str = "dense") -> str:
-    """Each arm's best LR, its distance from the dense model's (seed by seed), what the dense model's LR costs there, and the
-    best loss: a row per arm, as markdown."""
-    lines = [["arm", "best log2 LR", "less that of dense, octaves", "regret at the dense LR, nats", "best loss"]]
+def beside_table(rows: pd.DataFrame, reference: str, cost: str = "regret") -> str:
+    """Each arm's best LR, its distance from the reference's (seed by seed) and the best loss, with `cost`: "regret", what the
+    reference's LR costs there, or "gain", by how much the best loss lies below the reference's. A row per arm, as markdown."""
+    title, sign = {"regret": (f"regret at the {reference} LR, nats", ""), "gain": ("gain, nats", "+")}[cost]
+    lines = [["arm", "best log2 LR", f"less that of {reference}, octaves", title, "best loss"]]
     for row in beside(rows, reference).itertuples():
         moved = drift_words(row.moved, row.moved_error).replace("|", "\\|")
         said = "" if row.parametrization == reference else moved
-        costs = f"{row.regret:.3f} ± {row.regret_error:.3f}"
+        costs = f"{getattr(row, cost):{sign}.3f} ± {getattr(row, cost + '_error'):.3f}"
         lines.append([row.parametrization, measured(row.octave, row.octave_error), said, costs, f"{row.best_loss:.3f}"])
-    return markdown(lines)
-
-
-def rates_table(rows: pd.DataFrame, reference: str) -> str:
-    """By how much each arm's best loss lies below the reference's, seed by seed, and how far its best LR lies from it: a row per
-    arm of this table, as markdown."""
-    lines = [["arm", "best log2 LR", f"less that of {reference}, octaves", "gain, nats", "best loss"]]
-    names = [table.name for table in rate_arms(reference)]
-    found = beside(rows[rows.parametrization.isin(names)], reference).set_index("parametrization", drop=False)
-    for row in found.loc[names].itertuples():
-        moved, gain = drift_words(row.moved, row.moved_error).replace("|", "\\|"), f"{row.gain:+.3f} ± {row.gain_error:.3f}"
-        said = ("", "") if row.parametrization == reference else (moved, gain)
-        lines.append([row.parametrization, measured(row.octave, row.octave_error), *said, f"{row.best_loss:.3f}"])
     return markdown(lines)
 
 
