@@ -328,35 +328,48 @@ def regimes() -> None:
 
 RATE_WIDTH = 64  # twice the base width, so that sp and mup differ
 RATE_HALVES = {"sp": [2.0 ** (half / 2) for half in range(-15, -9)], "mup": [2.0 ** (half / 2) for half in range(-13, -7)]}
-RATE_STEPS = (400, 800)
-EMBEDDING_FACTORS = (2, 4, 8, 16, 32)
 
 
 def rates() -> None:
     """RLRS on sp and mup: its end read in two ways, its first factors held, and two of its factors alone; 400 and 800 steps."""
-    for steps in RATE_STEPS:
+    for steps, found in ((400, slice(None)), (800, slice(-4, -1))):  # the optima at 400 steps are within these three
         for name, lrs in RATE_HALVES.items():
             store = SWEEPS / f"rates_{steps}.jsonl"
-            sweep((RATE_WIDTH,), rate_arms(name), lrs, SEEDS, steps, options=OPTIONS, store=store)
+            sweep((RATE_WIDTH,), rate_arms(name), lrs[found], SEEDS, steps, options=OPTIONS, store=store)
+
+
+EMBEDDING_FACTORS = (2, 4, 8, 16, 32)
+SP_EMBEDDING_FACTORS = (
+    8,
+    16,
+    32,
+    64,
+)  # at four times the base width sp needs four times the factor of mup, if the theory is right
 
 
 def embedding_factors() -> None:
-    """The embedding's LR times 2 to 32, under sp and mup, at the base width and at four times that."""
-    lower = [lr / 2 for lr in RATE_HALVES["sp"]]  # its optimum falls by an octave per doubling
-    for width, name, lrs in ((128, "mup", RATE_HALVES["mup"]), (128, "sp", lower), (32, "mup", RATE_HALVES["mup"])):
-        tables = [name, *(embedding_times(name, factor) for factor in EMBEDDING_FACTORS)]
-        sweep((width,), tables, lrs, SEEDS, 400, options=OPTIONS, store=SWEEPS / "embedding_factors.jsonl")
+    """The embedding's LR times 2 to 32 under mup, at the base width and at four times that; there also under sp."""
+    store = SWEEPS / "embedding_factors.jsonl"
+    middle = [2.0 ** (half / 2) for half in (-11, -10, -9)]  # at the base every factor has its optimum near 2^-5
+    cells = [
+        (32, "mup", EMBEDDING_FACTORS, RATE_HALVES["mup"]),
+        (128, "mup", EMBEDDING_FACTORS, middle),
+        (128, "sp", SP_EMBEDDING_FACTORS, [lr / 4 for lr in middle]),
+    ]
+    for width, name, factors, lrs in cells:
+        tables = [name, *(embedding_times(name, factor) for factor in factors)]
+        sweep((width,), tables, lrs, SEEDS, 400, options=OPTIONS, store=store)
 
 
-U_FACTORS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)
+U_FACTORS = {32: (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8), 128: (1 / 4, 1, 4)}
 
 
 def one_rate() -> None:
     """One LR changed at a time, from 1/8 to 8, about the best arm of `rates` at its best LR, at the base width and at four times
     that."""
-    for width, name, lr in ((128, "mup", 2.0**-5), (128, "sp", 2.0**-7), (32, "mup", 2.0**-5)):
-        tables = [table for *_, table in one_varied(name, U_FACTORS).values()]
-        sweep((width,), tables, (lr,), SEEDS, 400, options=OPTIONS, store=SWEEPS / "one_rate.jsonl")
+    for width, factors in U_FACTORS.items():
+        tables = [table for *_, table in one_varied("mup", factors)]
+        sweep((width,), tables, (2.0**-5,), SEEDS, 400, options=OPTIONS, store=SWEEPS / "one_rate.jsonl")
 
 
 def embedding_rule() -> None:
@@ -380,31 +393,34 @@ def one_active() -> None:
 HORIZONS = {  # steps and batch sizes that go together, the longest first
     "duration": {"steps": (1600, 800, 400, 200), "batch_size": (16, 16, 16, 16)},
     "batch": {"steps": (1600, 800, 400, 200), "batch_size": (8, 16, 32, 64)},  # the same number of tokens
-    "both": {"steps": (400, 400, 400, 400), "batch_size": (64, 32, 16, 8)},  # the same number of steps
+    "both": {"steps": (400, 400), "batch_size": (64, 16)},  # the same number of steps
 }
 HORIZON_BASES = {"duration": (16, 200), "batch": (16, 800), "both": (16, 400)}  # batch size and steps
-HORIZON_HALVES = [2.0 ** (half / 2) for half in range(-15, -6)]
+HORIZON_HALVES = [2.0 ** (half / 2) for half in range(-13, -7)]
 
 
 def horizon() -> None:
-    """Longer trainings, and larger batches at the same number of tokens or of steps, with and without the square-root rule."""
+    """Longer trainings, and larger batches at the same number of tokens or of steps, with and without the square-root rule. With
+    batch and tokens in proportion the rule changes nothing, so that "both" has one arm."""
     ruled = square_root_rule(PARAMETRIZATIONS["mup"], "mup, square-root rule")
     for name, path in HORIZONS.items():
         batch, steps = HORIZON_BASES[name]
         fields = {"options": replace(OPTIONS, base_batch_size=batch, base_steps=steps), "store": SWEEPS / f"horizon_{name}.jsonl"}
-        sweep((32,), ("mup", ruled), HORIZON_HALVES, SEEDS, None, path=path, **fields)
+        for table in ("mup",) if name == "both" else ("mup", ruled):
+            higher = 2**0.5 if (name, table) == ("duration", ruled) else 1  # the rule divides these LRs by up to 2^1.5
+            sweep((32,), (table,), [higher * lr for lr in HORIZON_HALVES], SEEDS, None, path=path, **fields)
 
 
 DECAY_STEPS = 1000  # LR * weight decay * steps is to be 1 at least, for hidden weights of the largest width too
 DECAY = 0.3
-DECAY_HALVES = [2.0 ** (half / 2) for half in range(-13, -7)]
-DECAYS = (0.03, 0.1, 0.3, 1.0, 3.0)
+DECAY_HALVES = [2.0 ** (half / 2) for half in range(-12, -7)]
+DECAYS = (0.1, 0.3, 1.0, 3.0)
 
 
 def decay() -> None:
     """Three rules for the weight decay with the width: the best LR at one decay, and the best decay at one LR."""
-    fields = {"steps": DECAY_STEPS, "seeds": SEEDS, "options": OPTIONS, "store": SWEEPS / "decay.jsonl"}
-    for width in (128, 32):
+    fields = {**SMALL, "steps": DECAY_STEPS, "seeds": SEEDS, "options": OPTIONS, "store": SWEEPS / "decay.jsonl"}
+    for width in (64, 16):
         sweep((width,), DECAY_ARMS, DECAY_HALVES, weight_decay=DECAY, **fields)
         sweep((width,), DECAY_ARMS, (2.0**-5,), weight_decay=DECAYS, **fields)
 
@@ -415,14 +431,14 @@ def labels_in(path: Path, *names: str) -> set[tuple]:
 
 
 def decay_sizes() -> None:
-    """The sizes of the weights where LR and decay are in balance: a constant LR, twice as many steps, widths 32 to 128."""
-    path, options = SWEEPS.parent / "decay_sizes.csv", replace(OPTIONS, weight_decay=DECAY, final_lr=1.0, evals=1)
+    """The sizes of the weights where LR and decay are in balance: a constant LR and a larger decay, widths 16 to 128."""
+    path, options = SWEEPS.parent / "decay_sizes.csv", replace(OPTIONS, weight_decay=1.0, final_lr=1.0, evals=1)
     done = labels_in(path, "parametrization", "width")
-    for width in (32, 64, 128):
+    for width in (16, 32, 64, 128):
         for table in DECAY_ARMS:
             if (table.name, width) in done:
                 continue
-            runs = train(Config(table, width=width), 2.0**-5, SEEDS, "pydocs", 2 * DECAY_STEPS, options, "cpu")
+            runs = train(Config(table, width=width, **SMALL), 2.0**-5, SEEDS, "pydocs", DECAY_STEPS, options, "cpu")
             labels = ({"parametrization": table.name, "width": width, "seed": run.seed} for run in runs)
             rows = pd.concat([weight_sizes(run.model).assign(**own) for run, own in zip(runs, labels, strict=True)])
             rows.to_csv(path, mode="a", header=not path.exists(), index=False, float_format="%.5g")

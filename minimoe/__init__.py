@@ -59,6 +59,7 @@ _HOMES = {
         "top_k",
         "width",
     ),
+    "power_figures": ("power", "power_curves"),
     "rate_figures": ("factor_curves", "gain_chart", "schedule_curves"),
     "roles": ("initialise", "param_groups", "parameter"),
     "roles_by_use": ("Refused",),

@@ -224,13 +224,14 @@ VARIED = {  # of the model's roles, those whose LRs move together
 }
 
 
-def one_varied(name: str, factors: tuple[float, ...]) -> dict[str, tuple[str, float, Parametrization]]:
-    """One LR changed at a time, about the table of this name with the embedding's LR times 5: name -> (role, factor, table)."""
-    start, found = embedding_times(name, 5), {}
+def one_varied(name: str, factors: tuple[float, ...]) -> list[tuple[str, float, Parametrization]]:
+    """One LR changed at a time, about the table of this name with the embedding's LR times 5: (role, factor, table) of each. A
+    factor of 1 is that table itself."""
+    start, found = embedding_times(name, 5), []
     for role, members in VARIED.items():
         for factor in factors:
             label = start.name if factor == 1 else f"{start.name}, {role} x {factor:g}"
-            found[f"{role} x {factor:g}"] = (role, factor, relative_rates(start, dict.fromkeys(members, (factor, 1)), label))
+            found.append((role, factor, relative_rates(start, dict.fromkeys(members, (factor, 1)), label)))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from .checks import require
-from .figures import MARKERS, QUIET, plain
+from .figures import MARKERS, QUIET, plain, styles
 from .optima_figures import LOOKS
 from .parametrization import Parametrization
 from .step import TrainOptions, lr_factor
@@ -88,8 +89,8 @@ def gain_chart(found: Mapping[str, pd.DataFrame], reference: str, labels: Mappin
 
 
 def factor_curves(rows: pd.DataFrame, panel: str, curve: str, loss: str = "val_loss") -> Figure:
-    """Loss against a factor on one LR: a panel per value of `panel`, a curve per value of `curve`. Mean over the seeds, bars of
-    one standard error; a star at the lowest mean.
+    """Loss against a factor on one LR: a panel per value of `panel`, a curve per value of `curve` (widths have their colours).
+    Mean over the seeds, bars of one standard error; a star at the lowest mean.
 
     rows: columns factor, seed, the loss, and those named by `panel` and `curve`, one row for each of their combinations. Raises
     ValueError for a missing column, or no rows.
@@ -98,17 +99,19 @@ def factor_curves(rows: pd.DataFrame, panel: str, curve: str, loss: str = "val_l
     require(not missing, "rows", sorted(missing), "these columns are missing")
     require(len(rows), "rows", 0, "there are none")
     panels, curves = list(dict.fromkeys(rows[panel])), list(dict.fromkeys(rows[curve]))
+    chosen = zip(curves, cycle(LOOKS), cycle(MARKERS), strict=False)
+    looks = styles(curves) if curve == "width" else {name: {"color": colour, "marker": mark} for name, colour, mark in chosen}
     figure = Figure(figsize=(2.9 * len(panels) + 1.6, 3.4), layout="constrained")
     for axes, title in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True):
-        for place, name in enumerate(curves):
+        for name in curves:
             own = rows[(rows[panel] == title) & (rows[curve] == name)].groupby("factor")[loss].agg(["mean", "sem"])
             if own.empty:
                 continue
-            x, colour = np.log2(own.index), LOOKS[place % len(LOOKS)]
-            look = {"color": colour, "marker": MARKERS[place % len(MARKERS)], "markersize": 5, "capsize": 2, "linewidth": 1.5}
-            axes.errorbar(x, own["mean"], yerr=own["sem"].fillna(0), label=plain(str(name)), **look)
-            least = own["mean"].idxmin()
-            axes.plot(np.log2(least), own["mean"][least], "*", color=colour, markersize=13, markeredgecolor="black", zorder=5)
+            errors, least = own["sem"].fillna(0), own["mean"].idxmin()
+            line = {"markersize": 5, "capsize": 2, "linewidth": 1.5, "label": plain(str(name))}
+            axes.errorbar(np.log2(own.index), own["mean"], yerr=errors, **looks[name], **line)
+            star = {"color": looks[name]["color"], "markersize": 13, "markeredgecolor": "black", "zorder": 5}
+            axes.plot(np.log2(least), own["mean"][least], "*", **star)
         ticks = sorted({round(float(tick)) for tick in np.log2(rows.factor)})
         axes.set_xticks(ticks, [_fraction(2.0**tick) for tick in ticks])
         axes.set_title(plain(str(title)), fontsize=11)
@@ -116,5 +119,5 @@ def factor_curves(rows: pd.DataFrame, panel: str, curve: str, loss: str = "val_l
     figure.supxlabel("factor on the LR", fontsize=10)
     figure.supylabel("validation loss, nats", fontsize=10)
     handles = {name: line for axes in figure.axes for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False)
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False, title=plain(curve))
     return figure
