@@ -384,7 +384,7 @@ def embedding_rule() -> None:
 def one_active() -> None:
     """One active expert of 1 to 32, under mup and sp: is the joint law's LR rule a slope, or the step from dense to sparse?"""
     lower = [lr / 4 for lr in EXPERT_HALVES]  # the width is four times its base
-    for n_experts in (32, 16, 8, 4, 2, 1):
+    for n_experts in (32, 8, 4, 2, 1):
         for name, lrs in (("mup", EXPERT_HALVES), ("sp", lower)):
             fields = {**SMALL, "n_experts": n_experts, "top_k": 1}
             sweep((64,), (name,), lrs, SEEDS, STEPS, options=OPTIONS, store=SWEEPS / "one_active.jsonl", **fields)
@@ -393,22 +393,25 @@ def one_active() -> None:
 HORIZONS = {  # steps and batch sizes that go together, the longest first
     "duration": {"steps": (1600, 800, 400, 200), "batch_size": (16, 16, 16, 16)},
     "batch": {"steps": (1600, 800, 400, 200), "batch_size": (8, 16, 32, 64)},  # the same number of tokens
-    "both": {"steps": (400, 400), "batch_size": (64, 16)},  # the same number of steps
 }
-HORIZON_BASES = {"duration": (16, 200), "batch": (16, 800), "both": (16, 400)}  # batch size and steps
+HORIZON_BASES = {"duration": (16, 200), "batch": (16, 800)}  # batch size and steps
 HORIZON_HALVES = [2.0 ** (half / 2) for half in range(-13, -7)]
 
 
 def horizon() -> None:
-    """Longer trainings, and larger batches at the same number of tokens or of steps, with and without the square-root rule. With
-    batch and tokens in proportion the rule changes nothing, so that "both" has one arm."""
+    """Longer trainings, and larger batches at the same number of tokens, with and without the square-root rule."""
     ruled = square_root_rule(PARAMETRIZATIONS["mup"], "mup, square-root rule")
+    higher = [2**0.5 * lr for lr in HORIZON_HALVES]  # the rule divides the LRs of the longest training by 2^1.5
     for name, path in HORIZONS.items():
         batch, steps = HORIZON_BASES[name]
         fields = {"options": replace(OPTIONS, base_batch_size=batch, base_steps=steps), "store": SWEEPS / f"horizon_{name}.jsonl"}
-        for table in ("mup",) if name == "both" else ("mup", ruled):
-            higher = 2**0.5 if (name, table) == ("duration", ruled) else 1  # the rule divides these LRs by up to 2^1.5
-            sweep((32,), (table,), [higher * lr for lr in HORIZON_HALVES], SEEDS, None, path=path, **fields)
+        sweep((32,), ("mup",), HORIZON_HALVES, SEEDS, None, path=path, **fields)
+        if name == "batch":
+            larger = {size: values[2:] for size, values in path.items()}
+            sweep((32,), ("mup",), (2.0**-3.5, 2.0**-3), SEEDS, None, path=larger, **fields)  # their optima are higher
+            path = {size: values[::3] for size, values in path.items()}  # the ends alone: these runs are the dearest
+        lrs = higher if name == "duration" else HORIZON_HALVES
+        sweep((32,), (ruled,), lrs, SEEDS, None, path=path, **fields)
 
 
 DECAY_STEPS = 1000  # LR * weight decay * steps is to be 1 at least, for hidden weights of the largest width too

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from fractions import Fraction
 from pathlib import Path
 
 import pandas as pd
@@ -21,12 +22,13 @@ from minimoe import (
     beside,
     drift_words,
     labelled,
+    power,
     read_adopted,
     read_sweep,
     summary,
     transfer_report,
 )
-from minimoe.arms import EMBEDDING_ARMS, rate_arms
+from minimoe.arms import EMBEDDING_ARMS, VARIED, one_varied
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "findings.md"
@@ -45,13 +47,14 @@ def measured(octaves: float, error: float) -> str:
     return f"{octaves:.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
 
 
-def drift_table(frame: pd.DataFrame, by: str) -> str:
-    """Optimum at each size, drift per doubling and in all, regret, best losses and seeds: a row per arm, as markdown."""
+def drift_table(frame: pd.DataFrame, by: str, tuned: str = "LR") -> str:
+    """Optimum at each size, drift per doubling and in all, regret, best losses and seeds: a row per arm, as markdown. tuned: what
+    the column lr holds."""
     report = transfer_report(frame, by)
     sizes, at = sorted(set(report[by])), {(row.parametrization, getattr(row, by)): row for row in report.itertuples()}
-    letter = {"n_experts": "E", "granularity": "G", "depth": "L", "expert_ratio": "M/n"}.get(by, by)
+    letter = {"n_experts": "E", "granularity": "G", "depth": "L", "expert_ratio": "M/n", "batch_size": "batch"}.get(by, by)
     sizes_said = [f"{letter}={size:g}" for size in sizes]
-    header = ["arm", *(f"best log2 LR, {size}" for size in sizes_said), "drift, octaves", "per doubling", "regret, nats"]
+    header = ["arm", *(f"best log2 {tuned}, {size}" for size in sizes_said), "drift, octaves", "per doubling", "regret, nats"]
     rows = [[*header, *(f"best loss, {size}" for size in sizes_said), "seeds"]]
     for row in summary(report).itertuples():
         own = [at.get((row.parametrization, size)) for size in sizes]
@@ -141,10 +144,7 @@ def tables() -> dict[str, str]:
     made |= {"checks": checks_table(pd.read_csv(SWEEPS.parent / "axes.csv"))}
     made |= {name: overlay_table(pd.read_csv(SWEEPS.parent / f"{name}.csv")) for name in ("overlay", "upcycling")}
     made |= {"regime checks": regime_checks_table(pd.read_csv(SWEEPS.parent / "regimes.csv"))}
-    rates = stores("rates_400")
-    for name in ("sp", "mup"):
-        own = rates[rates.parametrization.isin([table.name for table in rate_arms(name)])]
-        made[f"rates, {name}"] = beside_table(own, name, "gain")
+    made |= of_roles_and_decay()
     return made | {name: drift_table(adopted(names), "width") for name, names in models.items()}
 
 
@@ -164,8 +164,67 @@ def of_depth_and_experts() -> dict[str, tuple[pd.DataFrame, str]]:
     others = {
         "share, four times the batch": (shares(stores("share_batch")), "share"),
         "is it the embedding": (with_and_without_embedding(), "width"),
+        "duration": (stores("horizon_duration"), "steps"),
+        "batch": (stores("horizon_batch"), "batch_size"),
+        "one active": (stores("one_active"), "n_experts"),
     }
     return {name: (rows, by) for name, rows, by in lengths} | others
+
+
+def of_roles_and_decay() -> dict[str, str]:
+    """name -> table, for the LRs of single roles and for the weight decay."""
+    rates = pd.concat([stores("rates_400"), stores("rates_800")])
+    made = {
+        f"rates, {table}, {steps} steps": beside_table(rows, table, "gain")
+        for (table, steps), rows in rates.groupby([of_table(rates), "steps"])
+    }
+    factors = stores("embedding_factors")
+    factors = factors.iloc[factors.parametrization.map(factor_of).argsort(kind="stable")]
+    made |= {
+        f"embedding factors, {table}, width {width}": beside_table(rows, table, "gain")
+        for (table, width), rows in factors.groupby([of_table(factors), "width"])
+    }
+    decayed = stores("decay")
+    one_lr = decayed[decayed.groupby("lr").weight_decay.transform("nunique") > 1]
+    one_decay = decayed[decayed.groupby("weight_decay").lr.transform("nunique") > 1]
+    made["decay"] = drift_table(one_decay, "width")
+    made["decay itself"] = drift_table(one_lr.assign(lr=one_lr.weight_decay), "width", "decay")
+    sizes = pd.read_csv(SWEEPS.parent / "decay_sizes.csv")
+    return made | {"one rate": varied_table(stores("one_rate")), "decay sizes": sizes_table(sizes)}
+
+
+def of_table(rows: pd.DataFrame) -> pd.Series:
+    """The table that each row's arm begins with."""
+    return rows.parametrization.str.partition(",")[0]
+
+
+def factor_of(arm: str) -> float:
+    """The number behind the "x" at the end of an arm's name, or 1."""
+    return float(arm.rpartition(" x ")[2]) if " x " in arm else 1.0
+
+
+def varied_table(rows: pd.DataFrame, table: str = "mup") -> str:
+    """The loss at each factor on the LR of one role at a time, and its standard error: a row per role and width, as markdown."""
+    factors = [2.0**octave for octave in range(-3, 4)]
+    lines = [["role", "width", *(f"x {Fraction(factor)}" for factor in factors)]]
+    losses = rows.groupby(["width", "parametrization"]).val_loss.agg(["mean", "sem"])
+    arms = {(role, factor): arm.name for role, factor, arm in one_varied(table, factors)}
+    for role in VARIED:
+        for width in sorted(set(rows.width)):
+            found = [losses.reindex([(width, arms[role, factor])]).iloc[0] for factor in factors]
+            said = ["" if math.isnan(own["mean"]) else f"{own['mean']:.3f} ± {own['sem']:.3f}" for own in found]
+            lines.append([role, str(width), *said])
+    return markdown(lines)
+
+
+def sizes_table(sizes: pd.DataFrame) -> str:
+    """The exponents in the width of the weights' sizes, RMS and largest singular value: a row per rule and role, as markdown."""
+    lines = [["rule", "role", "RMS", "largest singular value"]]
+    means = sizes.groupby(["parametrization", "role", "width", "seed"], sort=False)[["rms", "top"]].mean().reset_index()
+    for (rule, role), own in means.groupby(["parametrization", "role"], sort=False):
+        found = (power(own, "width", value) for value in ("rms", "top"))
+        lines.append([rule, role.replace("_", " "), *(f"{exponent:+.2f} ± {error:.2f}" for exponent, error in found)])
+    return markdown(lines)
 
 
 def with_and_without_embedding() -> pd.DataFrame:
