@@ -43,6 +43,7 @@ from minimoe.arms import (
     DECAY_ARMS,
     EMBEDDING_ARMS,
     EXPERT_ARMS,
+    HORIZON_ARMS,
     REGIME_ARMS,
     Arm,
     embedding_times,
@@ -52,7 +53,7 @@ from minimoe.arms import (
 from minimoe.learning import books
 from minimoe.linearisations import linearisation as distances
 from minimoe.parametrization import width as width_ratio
-from minimoe.tables import READINGS, REGIMES, ROUTER_RULES, WIDTH_TABLES, square_root_rule
+from minimoe.tables import READINGS, REGIMES, ROUTER_RULES, WIDTH_TABLES
 from minimoe.verdicts import layers_compared
 
 SWEEPS = Path(__file__).parent / "sweeps"
@@ -332,25 +333,20 @@ RATE_HALVES = {"sp": [2.0 ** (half / 2) for half in range(-15, -9)], "mup": [2.0
 
 def rates() -> None:
     """RLRS on sp and mup: its end read in two ways, its first factors held, and two of its factors alone; 400 and 800 steps."""
-    for steps, found in ((400, slice(None)), (800, slice(-4, -1))):  # the optima at 400 steps are within these three
+    for steps, found in ((400, slice(None)), (800, slice(-4, None))):  # the optima at 400 steps are within these four
         for name, lrs in RATE_HALVES.items():
             store = SWEEPS / f"rates_{steps}.jsonl"
             sweep((RATE_WIDTH,), rate_arms(name), lrs[found], SEEDS, steps, options=OPTIONS, store=store)
 
 
 EMBEDDING_FACTORS = (2, 4, 8, 16, 32)
-SP_EMBEDDING_FACTORS = (
-    8,
-    16,
-    32,
-    64,
-)  # at four times the base width sp needs four times the factor of mup, if the theory is right
+SP_EMBEDDING_FACTORS = (8, 16, 32, 64)  # at four times the base width sp needs four times mup's, if the theory is right
 
 
 def embedding_factors() -> None:
     """The embedding's LR times 2 to 32 under mup, at the base width and at four times that; there also under sp."""
     store = SWEEPS / "embedding_factors.jsonl"
-    middle = [2.0 ** (half / 2) for half in (-11, -10, -9)]  # at the base every factor has its optimum near 2^-5
+    middle = [2.0 ** (half / 2) for half in (-11, -10, -9, -8)]  # at the base every factor has its optimum near 2^-5
     cells = [
         (32, "mup", EMBEDDING_FACTORS, RATE_HALVES["mup"]),
         (128, "mup", EMBEDDING_FACTORS, middle),
@@ -384,7 +380,7 @@ def embedding_rule() -> None:
 def one_active() -> None:
     """One active expert of 1 to 32, under mup and sp: is the joint law's LR rule a slope, or the step from dense to sparse?"""
     lower = [lr / 4 for lr in EXPERT_HALVES]  # the width is four times its base
-    for n_experts in (32, 8, 4, 2, 1):
+    for n_experts in (32, 16, 8, 4, 2, 1):
         for name, lrs in (("mup", EXPERT_HALVES), ("sp", lower)):
             fields = {**SMALL, "n_experts": n_experts, "top_k": 1}
             sweep((64,), (name,), lrs, SEEDS, STEPS, options=OPTIONS, store=SWEEPS / "one_active.jsonl", **fields)
@@ -400,24 +396,27 @@ HORIZON_HALVES = [2.0 ** (half / 2) for half in range(-13, -7)]
 
 def horizon() -> None:
     """Longer trainings, and larger batches at the same number of tokens, with and without the square-root rule."""
-    ruled = square_root_rule(PARAMETRIZATIONS["mup"], "mup, square-root rule")
+    base, ruled, betas = HORIZON_ARMS
     higher = [2**0.5 * lr for lr in HORIZON_HALVES]  # the rule divides the LRs of the longest training by 2^1.5
     for name, path in HORIZONS.items():
         batch, steps = HORIZON_BASES[name]
         fields = {"options": replace(OPTIONS, base_batch_size=batch, base_steps=steps), "store": SWEEPS / f"horizon_{name}.jsonl"}
-        sweep((32,), ("mup",), HORIZON_HALVES, SEEDS, None, path=path, **fields)
+        sweep((32,), (base,), HORIZON_HALVES, SEEDS, None, path=path, **fields)
         if name == "batch":
             larger = {size: values[2:] for size, values in path.items()}
-            sweep((32,), ("mup",), (2.0**-3.5, 2.0**-3), SEEDS, None, path=larger, **fields)  # their optima are higher
+            sweep((32,), (base,), (2.0**-3.5, 2.0**-3), SEEDS, None, path=larger, **fields)  # their optima are higher
             path = {size: values[::3] for size, values in path.items()}  # the ends alone: these runs are the dearest
         lrs = higher if name == "duration" else HORIZON_HALVES
         sweep((32,), (ruled,), lrs, SEEDS, None, path=path, **fields)
+        if name == "duration":  # why is the ruled arm worse, at an LR that suits both?
+            longest = {size: values[:1] for size, values in path.items()}
+            sweep((32,), (betas,), HORIZON_HALVES, SEEDS, None, path=longest, **fields)
 
 
 DECAY_STEPS = 1000  # LR * weight decay * steps is to be 1 at least, for hidden weights of the largest width too
 DECAY = 0.3
 DECAY_HALVES = [2.0 ** (half / 2) for half in range(-12, -7)]
-DECAYS = (0.1, 0.3, 1.0, 3.0)
+DECAYS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
 
 def decay() -> None:

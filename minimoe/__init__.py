@@ -78,7 +78,7 @@ _HOMES = {
     ),
     "theory": ("predicted_exponents", "predictions"),
     "training": ("Run", "train"),
-    "transfer": ("beside", "drift_words", "losses_at", "regrets", "summary", "transfer_report"),
+    "transfer": ("at_best_lr", "beside", "drift_words", "losses_at", "regrets", "summary", "transfer_report"),
     "upcycling": ("first_losses", "upcycled"),
     "verdicts": ("exponents",),
     "weights": ("weight_sizes",),

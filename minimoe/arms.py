@@ -25,19 +25,20 @@ mup, whose down projection goes by its own fan_in.
 Experts that grow with the width (`REGIME_ARMS`): muP and MSSP in the three regimes of arXiv 2605.14200.
 
 Some arms differ in the table alone, whose name is the arm's: `rate_arms` (LRs of single roles over the schedule),
-`EMBEDDING_ARMS` (is it the embedding?), `DECAY_ARMS` (weight decay with the width).
+`EMBEDDING_ARMS` (is it the embedding?), `DECAY_ARMS` (weight decay with the width), `HORIZON_ARMS` (batch and duration).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import pandas as pd
 
 from .config import points
 from .parametrization import Monomial, Parametrization, fan_in, granularity, width
-from .tables import PARAMETRIZATIONS, REGIMES, RELATIVE_RATES, relative_rates
+from .tables import PARAMETRIZATIONS, REGIMES, RELATIVE_RATES, relative_rates, square_root_rule
 
 
 class Arm(NamedTuple):
@@ -256,6 +257,15 @@ DECAY_ARMS: list[Parametrization] = [
     decayed(_MUP, 1, "mup, decay x n"),
     decayed(_MUP, 0.5, "mup, decay x sqrt n"),
     _MUP,
+]
+
+
+_RULED = square_root_rule(_MUP, "mup, square-root rule")
+_BETAS = "mup, its betas alone"
+HORIZON_ARMS: list[Parametrization] = [  # batch and duration: no rule, Complete(d)P's (arXiv 2512.22382), and one part of that
+    _MUP,
+    _RULED,
+    Parametrization(_BETAS, {role: replace(rule, one_minus_beta=_RULED[role].one_minus_beta) for role, rule in _MUP.rules}),
 ]
 
 

@@ -155,6 +155,13 @@ def optima(means: pd.DataFrame, by: str = "width") -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def at_best_lr(frame: pd.DataFrame, by: str = "width", loss: str = "val_loss") -> pd.DataFrame:
+    """The rows of each parametrization and size (value of `by`) at the LR whose mean loss is the lowest: one per seed. Raises
+    ValueError as `mean_losses` does."""
+    best = optima(mean_losses(frame, by, loss), by)[["parametrization", by, "grid_lr"]]
+    return frame.merge(best.rename(columns={"grid_lr": "lr"}), on=["parametrization", by, "lr"])
+
+
 def beside(frame: pd.DataFrame, reference: str, loss: str = "val_loss") -> pd.DataFrame:
     """How well the best LR of one parametrization (or arm) serves the others, each at one size and the same number of steps: one
     row per parametrization, in their order, with grid_lr, best_loss, octave and octave_error as in `transfer_report`, and

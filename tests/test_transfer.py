@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minimoe import beside, drift_chart, drift_words, lr_curves, summary, transfer_report
+from minimoe import at_best_lr, beside, drift_chart, drift_words, lr_curves, summary, transfer_report
 from minimoe.figures import styles
 from minimoe.transfer import optimum, seed_optima, sentence
 
@@ -210,6 +210,16 @@ def seeded(centres, floor=2.0):
         for width, seeds in centres.items()
         for seed, centre in enumerate(seeds)
     )
+
+
+def test_the_rows_at_the_best_lr_are_one_per_seed():
+    rows = seeded({32: (-6.4, -6.0, -5.6), 64: (-7, -7, -7)})
+    found = at_best_lr(rows)
+    assert found.groupby("width").lr.unique().map(list).to_dict() == {32: [2.0**-6], 64: [2.0**-7]}
+    assert found.seed.tolist() == [0, 1, 2, 0, 1, 2]
+    assert found.val_loss.tolist() == pytest.approx([2 + 0.1 * 0.4**2, 2, 2 + 0.1 * 0.4**2, 2, 2, 2])
+    dead = rows.assign(val_loss=rows.val_loss.where(rows.width == 32, math.inf))
+    assert set(at_best_lr(dead).width) == {32}
 
 
 def test_each_seed_has_its_own_optimum_and_the_drift_its_error():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from minimoe import (
     EXPERT_ARMS,
     REGIME_ARMS,
     SHARE_ARMS,
+    at_best_lr,
     beside,
     drift_words,
     labelled,
@@ -28,7 +30,7 @@ from minimoe import (
     summary,
     transfer_report,
 )
-from minimoe.arms import EMBEDDING_ARMS, VARIED, one_varied
+from minimoe.arms import EMBEDDING_ARMS, one_varied
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "findings.md"
@@ -144,7 +146,9 @@ def tables() -> dict[str, str]:
     made |= {"checks": checks_table(pd.read_csv(SWEEPS.parent / "axes.csv"))}
     made |= {name: overlay_table(pd.read_csv(SWEEPS.parent / f"{name}.csv")) for name in ("overlay", "upcycling")}
     made |= {"regime checks": regime_checks_table(pd.read_csv(SWEEPS.parent / "regimes.csv"))}
-    made |= of_roles_and_decay()
+    made |= of_roles() | of_decay()
+    longest = stores("horizon_duration").query("steps == 1600")
+    made["the rule's betas"] = beside_table(longest, "mup", "gain")
     return made | {name: drift_table(adopted(names), "width") for name, names in models.items()}
 
 
@@ -164,15 +168,15 @@ def of_depth_and_experts() -> dict[str, tuple[pd.DataFrame, str]]:
     others = {
         "share, four times the batch": (shares(stores("share_batch")), "share"),
         "is it the embedding": (with_and_without_embedding(), "width"),
-        "duration": (stores("horizon_duration"), "steps"),
+        "duration": (stores("horizon_duration").query("parametrization != 'mup, its betas alone'"), "steps"),
         "batch": (stores("horizon_batch"), "batch_size"),
         "one active": (stores("one_active"), "n_experts"),
     }
     return {name: (rows, by) for name, rows, by in lengths} | others
 
 
-def of_roles_and_decay() -> dict[str, str]:
-    """name -> table, for the LRs of single roles and for the weight decay."""
+def of_roles() -> dict[str, str]:
+    """name -> table, for the LRs of single roles."""
     rates = pd.concat([stores("rates_400"), stores("rates_800")])
     made = {
         f"rates, {table}, {steps} steps": beside_table(rows, table, "gain")
@@ -184,13 +188,25 @@ def of_roles_and_decay() -> dict[str, str]:
         f"embedding factors, {table}, width {width}": beside_table(rows, table, "gain")
         for (table, width), rows in factors.groupby([of_table(factors), "width"])
     }
-    decayed = stores("decay")
-    one_lr = decayed[decayed.groupby("lr").weight_decay.transform("nunique") > 1]
-    one_decay = decayed[decayed.groupby("weight_decay").lr.transform("nunique") > 1]
-    made["decay"] = drift_table(one_decay, "width")
-    made["decay itself"] = drift_table(one_lr.assign(lr=one_lr.weight_decay), "width", "decay")
-    sizes = pd.read_csv(SWEEPS.parent / "decay_sizes.csv")
-    return made | {"one rate": varied_table(stores("one_rate")), "decay sizes": sizes_table(sizes)}
+    best = at_best_lr(factors).assign(lr=lambda rows: rows.parametrization.map(factor_of), parametrization=of_table)
+    best = pd.concat([best, best[best.width == 32].assign(parametrization="sp")])  # at the base width both are one table
+    made["best factor"] = drift_table(best, "width", "factor")
+    varied = one_varied("mup", [2.0**octave for octave in range(-3, 4)])
+    varied = pd.DataFrame(
+        [(role, factor, arm.name) for role, factor, arm in varied], columns=["role", "factor", "parametrization"]
+    )
+    single = varied.merge(stores("one_rate"), on="parametrization").sort_values("width", kind="stable")
+    return made | {"one rate": losses_table(single, ["role", "width"], "factor", lambda factor: f"x {Fraction(factor)}")}
+
+
+def of_decay() -> dict[str, str]:
+    """name -> table, for the weight decay."""
+    rows, sizes = stores("decay"), pd.read_csv(SWEEPS.parent / "decay_sizes.csv")
+    one_decay = rows[rows.groupby("weight_decay").lr.transform("nunique") > 1]
+    one_lr = rows[rows.groupby("lr").weight_decay.transform("nunique") > 1].assign(rule=lambda rows: rows.parametrization)
+    made = {"decay": drift_table(one_decay, "width"), "decay sizes": sizes_table(sizes)}
+    one_lr = one_lr.sort_values("width", kind="stable")
+    return made | {"decay itself": losses_table(one_lr, ["rule", "width"], "weight_decay", "decay {:g}".format)}
 
 
 def of_table(rows: pd.DataFrame) -> pd.Series:
@@ -203,17 +219,15 @@ def factor_of(arm: str) -> float:
     return float(arm.rpartition(" x ")[2]) if " x " in arm else 1.0
 
 
-def varied_table(rows: pd.DataFrame, table: str = "mup") -> str:
-    """The loss at each factor on the LR of one role at a time, and its standard error: a row per role and width, as markdown."""
-    factors = [2.0**octave for octave in range(-3, 4)]
-    lines = [["role", "width", *(f"x {Fraction(factor)}" for factor in factors)]]
-    losses = rows.groupby(["width", "parametrization"]).val_loss.agg(["mean", "sem"])
-    arms = {(role, factor): arm.name for role, factor, arm in one_varied(table, factors)}
-    for role in VARIED:
-        for width in sorted(set(rows.width)):
-            found = [losses.reindex([(width, arms[role, factor])]).iloc[0] for factor in factors]
-            said = ["" if math.isnan(own["mean"]) else f"{own['mean']:.3f} ± {own['sem']:.3f}" for own in found]
-            lines.append([role, str(width), *said])
+def losses_table(rows: pd.DataFrame, by: list[str], column: str, said: Callable[[float], str]) -> str:
+    """The mean loss and its standard error: a row for each combination of `by`, a column for each value of `column`, whose title
+    is what `said` makes of it, as markdown."""
+    values, labels = sorted(set(rows[column])), list(dict.fromkeys(rows[by].itertuples(index=False, name=None)))
+    losses = rows.groupby([*by, column]).val_loss.agg(["mean", "sem"])
+    lines = [[*by, *map(said, values)]]
+    for label in labels:
+        own = losses.loc[label].reindex(values).itertuples(index=False)
+        lines.append([*map(str, label), *("" if math.isnan(row.mean) else f"{row.mean:.3f} ± {row.sem:.3f}" for row in own)])
     return markdown(lines)
 
 
