@@ -117,6 +117,8 @@ ROUTED = '"routed": Rule(multiplier=1 / (top_k * granularity)),'
 ROUTE_SCALE = '"routed": Rule(multiplier=top_k * granularity),'
 MSSP_CELL = '_mup_ii.replace("experts_down", "mssp II", init_var=_experts / fan_in),'
 LAST_FACTOR = 'final_lr=rule.final_lr * (last if end == "own" else last / peak)'
+FAST_EMBEDDING = '_SP.replace("embedding", "sp, embedding LR x n", lr=width),'
+GROWING_DECAY = "weight_decay=fan_in**power)"
 TABLES, ARMS = "tables.py", "arms.py"
 SABOTAGE = {
     "le": (TABLES, SP_ROUTER, SP_ROUTER.replace("lr=1", "lr=1 / fan_in")),  # the lecture
@@ -134,6 +136,8 @@ SABOTAGE = {
     "12": (TABLES, ROUTE_SCALE, ROUTE_SCALE.replace("top_k * granularity", "1")),
     "13": (TABLES, MSSP_CELL, MSSP_CELL.replace("init_var=_experts / fan_in", "init_var=1 / fan_in")),
     "14": (TABLES, LAST_FACTOR, "final_lr=rule.final_lr * last"),
+    "15": (ARMS, FAST_EMBEDDING, FAST_EMBEDDING.replace("lr=width", "lr=1")),
+    "16": (ARMS, GROWING_DECAY, GROWING_DECAY.replace("power", "-power")),
     "07": (ARMS, AUTHORS_DOWN, AUTHORS_DOWN.replace('"lr": 1 / DOWN[down]', '"lr": 1')),
 }
 
