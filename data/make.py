@@ -371,8 +371,8 @@ def one_rate() -> None:
 def embedding_rule() -> None:
     """Is it the embedding? sp with the embedding's LR times the width's ratio, and mup with the LR divided by it."""
     for width in (256, 128, 64):
-        ratio = round(math.log2(width / 32))
-        for table, centre in zip(EMBEDDING_ARMS, (-5 - ratio, -5), strict=True):
+        octaves = round(math.log2(width / 32))
+        for table, centre in zip(EMBEDDING_ARMS, (-5 - octaves, -5), strict=True):
             lrs = [2.0 ** (centre + half / 2) for half in range(-4, 4)]
             sweep((width,), (table,), lrs, SEEDS, STEPS, options=OPTIONS, store=SWEEPS / "embedding_rule.jsonl")
 
@@ -386,31 +386,28 @@ def one_active() -> None:
             sweep((64,), (name,), lrs, SEEDS, STEPS, options=OPTIONS, store=SWEEPS / "one_active.jsonl", **fields)
 
 
-HORIZONS = {  # steps and batch sizes that go together, the longest first
-    "duration": {"steps": (1600, 800, 400, 200), "batch_size": (16, 16, 16, 16)},
-    "batch": {"steps": (1600, 800, 400, 200), "batch_size": (8, 16, 32, 64)},  # the same number of tokens
-}
-HORIZON_BASES = {"duration": (16, 200), "batch": (16, 800)}  # batch size and steps
 HORIZON_HALVES = [2.0 ** (half / 2) for half in range(-13, -7)]
 
 
 def horizon() -> None:
-    """Longer trainings, and larger batches at the same number of tokens, with and without the square-root rule."""
+    """Longer trainings, and larger batches at the same number of characters, with and without the square-root rule; why the ruled
+    arm is worse: its betas alone."""
     base, ruled, betas = HORIZON_ARMS
+    longer = {"steps": (1600, 800, 400, 200), "batch_size": (16, 16, 16, 16)}
     higher = [2**0.5 * lr for lr in HORIZON_HALVES]  # the rule divides the LRs of the longest training by 2^1.5
-    for name, path in HORIZONS.items():
-        batch, steps = HORIZON_BASES[name]
-        fields = {"options": replace(OPTIONS, base_batch_size=batch, base_steps=steps), "store": SWEEPS / f"horizon_{name}.jsonl"}
-        sweep((32,), (base,), HORIZON_HALVES, SEEDS, None, path=path, **fields)
-        if name == "batch":
-            larger = {size: values[2:] for size, values in path.items()}
-            sweep((32,), (base,), (2.0**-3.5, 2.0**-3), SEEDS, None, path=larger, **fields)  # their optima are higher
-            path = {size: values[::3] for size, values in path.items()}  # the ends alone: these runs are the dearest
-        lrs = higher if name == "duration" else HORIZON_HALVES
-        sweep((32,), (ruled,), lrs, SEEDS, None, path=path, **fields)
-        if name == "duration":  # why is the ruled arm worse, at an LR that suits both?
-            longest = {size: values[:1] for size, values in path.items()}
-            sweep((32,), (betas,), HORIZON_HALVES, SEEDS, None, path=longest, **fields)
+    cells = [(base, HORIZON_HALVES, slice(None)), (ruled, higher, slice(None)), (betas, HORIZON_HALVES, slice(1))]
+    along(longer, cells, SWEEPS / "horizon_duration.jsonl", base_batch_size=16, base_steps=200)
+    larger = {"steps": (1600, 800, 400, 200), "batch_size": (8, 16, 32, 64)}
+    ends = slice(None, None, 3)  # of the ruled arm besides the base: these runs are the dearest
+    cells = [(base, HORIZON_HALVES, slice(None)), (base, (2.0**-3.5, 2.0**-3), slice(2, None)), (ruled, HORIZON_HALVES, ends)]
+    along(larger, cells, SWEEPS / "horizon_batch.jsonl", base_batch_size=16, base_steps=800)
+
+
+def along(path: dict[str, tuple], cells: list[tuple], store: Path, **base: int) -> None:
+    """Train each of (table, LRs, part of the path) at width 32; base: the sizes that the cells of a table compare with."""
+    for table, lrs, part in cells:
+        sizes = {size: values[part] for size, values in path.items()}
+        sweep((32,), (table,), lrs, SEEDS, None, path=sizes, options=replace(OPTIONS, **base), store=store)
 
 
 DECAY_STEPS = 1000  # LR * weight decay * steps is to be 1 at least, for hidden weights of the largest width too
@@ -425,6 +422,11 @@ def decay() -> None:
     for width in (64, 16):
         sweep((width,), DECAY_ARMS, DECAY_HALVES, weight_decay=DECAY, **fields)
         sweep((width,), DECAY_ARMS, (2.0**-5,), weight_decay=DECAYS, **fields)
+
+
+def append(rows: pd.DataFrame, path: Path, digits: str = "%.5g") -> None:
+    """Add the rows to a file of rows, which is made where there is none."""
+    rows.to_csv(path, mode="a", header=not path.exists(), index=False, float_format=digits)
 
 
 def labels_in(path: Path, *names: str) -> set[tuple]:
@@ -443,7 +445,7 @@ def decay_sizes() -> None:
             runs = train(Config(table, width=width, **SMALL), 2.0**-5, SEEDS, "pydocs", DECAY_STEPS, options, "cpu")
             labels = ({"parametrization": table.name, "width": width, "seed": run.seed} for run in runs)
             rows = pd.concat([weight_sizes(run.model).assign(**own) for run, own in zip(runs, labels, strict=True)])
-            rows.to_csv(path, mode="a", header=not path.exists(), index=False, float_format="%.5g")
+            append(rows, path)
             print(f"{path.name}: {table.name}, width {width}", flush=True)
 
 
@@ -517,8 +519,7 @@ def add_check(axis: str, rules, fields: dict, stem: str = "axes", name: str | No
     last = layers_compared(frame[(frame.step == frame.step.max()) | (frame.quantity == "init")])
     values = last.groupby([*labels, sized_by], sort=False).value.agg(["mean", "sem"]).reset_index()
     for path, rows in ((exponents_file, judged), (values_file, values.rename(columns={sized_by: "size"}))):
-        rows = rows.assign(axis=axis, parametrization=name)
-        rows.to_csv(path, mode="a", header=not path.exists(), index=False, float_format="%.4g")
+        append(rows.assign(axis=axis, parametrization=name), path, "%.4g")
     print(f"{axis}, {name}: {diagnosis(table, sized_by)[table_name]}", flush=True)
 
 
@@ -592,7 +593,7 @@ def add_books(path: Path, table, width: int, lr: float, steps: int = STEPS, **ho
     for seed in SEEDS:
         if (name, width, seed) not in done:
             frame = books(Config(table, width=width, seed=seed), lr, "pydocs", steps, OPTIONS, **how)
-            frame.to_csv(path, mode="a", header=not path.exists(), index=False, float_format="%.5g")
+            append(frame, path)
             print(f"{path.name}: {name}, width {width}, seed {seed}", flush=True)
 
 

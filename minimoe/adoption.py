@@ -221,7 +221,8 @@ class Plan:
         optimizer: type = torch.optim.AdamW,
         max_grad_norm: float | None = None,
     ) -> list[dict]:
-        """Groups for `torch.optim.AdamW`, each with its `role` and the parameters' `names`.
+        """Groups for `torch.optim.AdamW`, each with its `role` and the parameters' `names`, and `final_lr` where the table has a
+        factor on the end of the role's schedule (see `step.lr_factor`; a library's own scheduler knows nothing of it).
 
         model: of this plan's shape; default: the last one that `initialise` made. optimizer, max_grad_norm: what you will train
         with; where folded multipliers are not exact there, a UserWarning says so. (transformers' Trainer clips at

@@ -37,7 +37,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from .config import points
-from .parametrization import Monomial, Parametrization, fan_in, granularity, width
+from .parametrization import Monomial, Parametrization, Rule, fan_in, granularity, width
 from .tables import PARAMETRIZATIONS, REGIMES, RELATIVE_RATES, relative_rates, square_root_rule
 
 
@@ -195,12 +195,21 @@ REGIME_ARMS: dict[str, Arm] = {name: Arm(table, _SIGMOID) for name, table in REG
 }
 
 
+VARIED = {  # of the model's roles, those whose LRs move together
+    "embedding": ("embedding",),
+    "unembedding": ("unembedding",),
+    "router": ("router",),
+    "experts": ("experts_up", "experts_down"),
+    "attention": ("attention",),
+}
+
+
 def rate_arms(name: str) -> list[Parametrization]:
     """The table of this name, and the table with the rates of RLRS for a MoE (arXiv 2507.03526): their end read in two ways, held
     at the peak's factors, and two of them alone."""
     rates = RELATIVE_RATES["moe"]
     held = {role: (peak, 1) for role, (peak, _) in rates.items()}
-    experts = {role: pair for role, pair in held.items() if role.startswith("experts")}
+    experts = {role: held[role] for role in VARIED["experts"]}
     return [
         PARAMETRIZATIONS[name],
         relative_rates(name, rates, f"{name}, rlrs"),
@@ -214,15 +223,6 @@ def rate_arms(name: str) -> list[Parametrization]:
 def embedding_times(name: str, factor: float) -> Parametrization:
     """The table of this name with the embedding's LR multiplied, at every width."""
     return relative_rates(name, {"embedding": (factor, 1)}, f"{name}, embedding x {factor:g}")
-
-
-VARIED = {  # of the model's roles, those whose LRs move together
-    "embedding": ("embedding",),
-    "unembedding": ("unembedding",),
-    "router": ("router",),
-    "experts": ("experts_up", "experts_down"),
-    "attention": ("attention",),
-}
 
 
 def one_varied(name: str, factors: tuple[float, ...]) -> list[tuple[str, float, Parametrization]]:
@@ -244,11 +244,13 @@ EMBEDDING_ARMS: list[Parametrization] = [  # arXiv 2605.21486: is muP's gain the
 
 
 def decayed(table: Parametrization, power: float, name: str) -> Parametrization:
-    """The table with a weight decay that grows like this power of the fan_in, for each role whose LR falls with it."""
-    for role in table.roles:
-        if dict(table[role].lr.powers).get("fan_in", 0) < 0:
-            table = table.replace(role, name, weight_decay=fan_in**power)
-    return table
+    """The table, under this name, with a weight decay times this power of the fan_in for each role whose LR falls with it."""
+
+    def moved(rule: Rule) -> Rule:
+        falls = dict(rule.lr.powers).get("fan_in", 0) < 0
+        return replace(rule, weight_decay=rule.weight_decay * fan_in**power) if falls else rule
+
+    return Parametrization(name, {role: moved(rule) for role, rule in table.rules})
 
 
 # Under mup the hidden weights' LR falls like 1 / n. Weight decay times n: CompleteP, arXiv 2505.01618, and Complete(d)P,

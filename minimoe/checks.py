@@ -44,6 +44,13 @@ def require(valid: bool, name: str, value, rule: str) -> None:
         raise ValueError(f"{name}={shown(value)}: {rule}")
 
 
+def require_columns(frame, name: str, *columns: str) -> None:
+    """Raise ValueError unless the frame has these columns, and rows."""
+    require(len(frame) > 0, name, len(frame), "has no rows")
+    missing = sorted(set(columns) - set(frame.columns))
+    require(not missing, name, missing, "these columns are missing")
+
+
 def whole(value, least: int) -> bool:
     """Whether the value is an integer, numpy's included, and at least so large."""
     return isinstance(value, Integral) and not isinstance(value, bool) and least <= value < LIMIT

@@ -8,20 +8,30 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from .checks import require
 from .figures import ALERT, MARKERS, QUIET, plain
 
 LOOKS = ("#1b4f8a", "#a8480e", "#00735c", "#7a2d7a", "#555555")  # each at a contrast of 4.5 or more with white
 LAW_STYLES = ("--", ":", "-.")
 
 
+def look(place: int) -> dict[str, str]:
+    """Colour and marker of the curve at this place."""
+    return {"color": LOOKS[place % len(LOOKS)], "marker": MARKERS[place % len(MARKERS)]}
+
+
 def optima_curves(
-    report: pd.DataFrame, by: str, laws: dict[str, float] | None = None, labels: dict[str, str] | None = None
+    report: pd.DataFrame,
+    by: str,
+    laws: dict[str, float] | None = None,
+    labels: dict[str, str] | None = None,
+    laws_from: str | None = None,
 ) -> Figure:
     """The best LR against the size, both on axes of octaves: a curve per parametrization, bars of one standard error over seeds.
 
-    report: from `transfer_report`. laws: name -> octaves of the LR per doubling of `by`, each a grey line through the mean of
-    the curves at the smallest size. labels: parametrization -> what the legend says in its place. Raises ValueError for an
-    empty report, or one without any optimum.
+    report: from `transfer_report`. laws: name -> octaves of the LR per doubling of `by`, each a line through the mean of the
+    curves at the smallest size, or through the curve of the parametrization `laws_from` there. labels: parametrization -> what
+    the legend says in its place. Raises ValueError for an empty report, one without any optimum, or one without `laws_from`.
     """
     found = report[report.octave.notna()]
     if found.empty:
@@ -32,10 +42,21 @@ def optima_curves(
     for place, name in enumerate(names):
         own = found[found.parametrization == name]
         x = np.log2(own[by]) + 0.05 * (place - (len(names) - 1) / 2)  # side by side, so that no bar hides another
-        look = {"color": LOOKS[place % len(LOOKS)], "marker": MARKERS[place % len(MARKERS)], "linewidth": 1.6, "capsize": 3}
-        axes.errorbar(x, own.octave, yerr=own.octave_error.fillna(0), label=plain((labels or {}).get(name, name)), **look)
+        axes.errorbar(
+            x,
+            own.octave,
+            yerr=own.octave_error.fillna(0),
+            label=plain((labels or {}).get(name, name)),
+            linewidth=1.6,
+            capsize=3,
+            **look(place),
+        )
     sizes = sorted(set(found[by]))
-    start = found[found[by] == sizes[0]].octave.mean()
+    starts = found[found[by] == sizes[0]]
+    if laws_from is not None:
+        starts = starts[starts.parametrization == laws_from]
+        require(len(starts), "laws_from", laws_from, f"has no optimum at {by} {sizes[0]:g}")
+    start = starts.octave.mean()
     for (law, slope), style in zip((laws or {}).items(), LAW_STYLES, strict=False):
         ends = np.log2([sizes[0], sizes[-1]])
         colour = ALERT if slope else QUIET

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from .checks import not_negative, positive, require
+from .checks import not_negative, positive, require, typed
 
 A, ALPHA, DELTA, GAMMA = 35.91, -0.1889, -0.2285, 0.0098  # of the active parameters
 B, BETA, OMEGA, ZETA = 35.98, -0.1775, 0.5529, -0.0259  # of the tokens
@@ -38,7 +38,8 @@ class Chinchilla(NamedTuple):
 
 
 def chinchilla(experts: float) -> Chinchilla:
-    """The joint law for this number of experts (its Table 4). Raises ValueError for fewer than one."""
+    """The joint law for this number of experts (its Table 4). Raises ValueError for fewer than one, TypeError for no number."""
+    experts = typed("experts", "float", experts)
     require(1 <= experts < math.inf, "experts", experts, "must be 1 or more")
     seen = 1 / (1 / (experts - 1 + 1 / (1 / E_START - 1 / E_MAX)) + 1 / E_MAX)  # experts as they count: from E_START to E_MAX
     log = math.log(seen)
@@ -54,11 +55,14 @@ def joint_law(
     active parameters are embedding and unembedding; the LR rule leaves them out. One expert is active for each token, as
     large as the dense model's feed-forward network.
 
-    Columns: experts, loss (nats per token), gain (of loss over one expert), lr (the best peak LR of Adam under SP), fitted
+    Columns: experts, loss (nats per token), gain (nats by which the loss lies below that of one
+    expert), lr (the best peak LR of Adam under SP), fitted
     (whether all three sizes lie where the law was fitted). Raises ValueError or TypeError for what is no positive size.
     """
     active, tokens, embedding = positive("active", active), positive("tokens", tokens), not_negative("embedding", embedding)
     require(embedding < active, "embedding", embedding, f"must be less than active={active:g}")
+    if not isinstance(experts, Iterable):
+        raise TypeError(f"experts={experts!r}: must be several numbers of experts")
     dense, rows = chinchilla(1).loss(active, tokens), []
     for number in experts:
         loss = chinchilla(number).loss(active, tokens)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from .checks import require
+from .checks import PAIR, require, shown, typed
 from .parametrization import (
     SCALES,
     Monomial,
@@ -275,21 +275,28 @@ def relative_rates(
 ) -> Parametrization:
     """The table with factors on the LR of single roles, at the peak and at the end of the schedule (arXiv 2507.03526).
 
-    rates: role -> (factor at the peak, factor at the end); a role that it lacks, and that has no family in it, stays. A factor of
-    1 at the end keeps the peak's factor throughout. end: "own", as in the authors' scheduler: the last factor multiplies the
-    end of the role's own schedule, which the first has multiplied already; "base", as in the paper's formula: it multiplies
-    the end of the schedule of an LR without factors.
+    rates: role -> (factor at the peak, factor at the end). A finer role goes with its family, a gain or a bias with the
+    embedding (`parametrization.FAMILY`), unless it has factors of its own; other roles stay. end: what the last factor
+    multiplies. "own", as in the authors' scheduler: the end of the role's own schedule, which the first factor has multiplied
+    already; a last factor of 1 then keeps the first throughout. "base", as in the paper's formula: the end of the schedule of an
+    LR without factors.
 
-    Raises ValueError for another `end`, or a factor of 0 at the peak under "base"; KeyError for a role that the table lacks.
+    Raises ValueError for another `end`, a negative factor, a factor of 0 at the peak under "base", or a role without a weight;
+    TypeError for rates that are no mapping to pairs of numbers; KeyError for a role that the table lacks.
     """
     require(end in ENDS, "end", end, f"must be one of {', '.join(ENDS)}")
     table = parametrization(table)
-    for role in rates:
+    if not isinstance(rates, Mapping):
+        raise TypeError(f"rates={shown(rates)}: must be role -> (factor at the peak, factor at the end)")
+    for role, pair in rates.items():
         table.row(role)
+        require(role not in SCALES, "rates", role, "has no weight, and so no LR")
+        label, (peak, last) = f"rates[{role!r}]", typed(f"rates[{role!r}]", PAIR, pair)
+        require(min(peak, last) >= 0, label, pair, "must not be negative")
+        require(peak > 0 or end == "own", label, pair, "the base's end needs a peak above 0")
 
     def moved(role: str, rule: Rule) -> Rule:
         peak, last = rates.get(nearest(role, rates), (1, 1))
-        require(peak > 0 or end == "own", f"rates[{role!r}]", (peak, last), "the base's end needs a peak above 0")
         return replace(rule, lr=rule.lr * peak, final_lr=rule.final_lr * (last if end == "own" else last / peak))
 
     finer = {role: table[role] for role in rates if role not in table.roles}  # its family's row stays what it is

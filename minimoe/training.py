@@ -27,6 +27,7 @@ from .checks import positive, require, whole
 from .config import Config, config_from_dict
 from .corpus import Corpus, load_corpus
 from .model import MiniMoE
+from .parametrization import FAMILY
 from .step import SingleRun, TrainOptions, lr_factors
 
 
@@ -111,7 +112,8 @@ class Kind(NamedTuple):
     def key(self) -> tuple:
         """Equal for two kinds that can be one program."""
         table = self.config.parametrization
-        ends = {role: final for role, final in table.final_lrs(table.roles).items() if final != 1}
+        served = [role for role in {*table.roles, *FAMILY} if role in table]  # a finer role has its family's end, or its own
+        ends = {role: final for role, final in table.final_lrs(served).items() if final != 1}
         return (*self.config.shape.items(), self.options, self.steps, *sorted(ends.items()))
 
 

@@ -159,7 +159,7 @@ def at_best_lr(frame: pd.DataFrame, by: str = "width", loss: str = "val_loss") -
     """The rows of each parametrization and size (value of `by`) at the LR whose mean loss is the lowest: one per seed. Raises
     ValueError as `mean_losses` does."""
     best = optima(mean_losses(frame, by, loss), by)[["parametrization", by, "grid_lr"]]
-    return frame.merge(best.rename(columns={"grid_lr": "lr"}), on=["parametrization", by, "lr"])
+    return _points(frame, by, loss).merge(best.rename(columns={"grid_lr": "lr"}), on=["parametrization", by, "lr"])
 
 
 def beside(frame: pd.DataFrame, reference: str, loss: str = "val_loss") -> pd.DataFrame:
@@ -177,12 +177,16 @@ def beside(frame: pd.DataFrame, reference: str, loss: str = "val_loss") -> pd.Da
     require(own.index.is_unique, "steps", sorted(set(own.steps)), "must be one number")
     octaves = seed_optima(frame, "steps", loss).pivot(index="parametrization", columns="seed", values="best_octave")
     losses = _points(frame, "steps", loss).pivot(index=["parametrization", "seed"], columns="lr", values=loss)
-    rows = []
+
+    def losses_at_lr(name: str, lr: float) -> pd.Series:
+        return losses.loc[name].get(lr, pd.Series(dtype=float))  # nothing at NaN, where every run diverged
+
+    rows, best = [], losses_at_lr(reference, own.grid_lr[reference])
     for name, found in own.iterrows():
-        there, here = (losses.loc[name].get(lr, pd.Series(dtype=float)) for lr in (own.grid_lr[reference], found.grid_lr))
+        there, here = losses_at_lr(name, own.grid_lr[reference]), losses_at_lr(name, found.grid_lr)
         row = {"parametrization": name, **found[["grid_lr", "best_loss", "octave", "octave_error"]]}
         row |= _mean_and_error("moved", octaves.loc[name] - octaves.loc[reference])
-        row |= _mean_and_error("gain", losses.loc[reference][own.grid_lr[reference]] - here)
+        row |= _mean_and_error("gain", best - here)
         rows.append(row | _mean_and_error("regret", there - here))
     return pd.DataFrame(rows)
 

@@ -21,9 +21,9 @@ def weight_sizes(module: nn.Module) -> pd.DataFrame:
     """
     rows = []
     for name, param in named_roles(module):
-        if param.ndim < 2 or not param.role.fan_in_axes:
+        if param.ndim < 2:
             continue
-        matrices = param.double().flatten(0, -3) if param.ndim > 2 else param.double()[None]
+        matrices = param.double().reshape(-1, *param.shape[-2:])
         top = torch.linalg.matrix_norm(matrices, ord=2).mean().item()
         rms = math.sqrt(param.double().square().mean().item())
         rows.append({"tensor": name, "role": param.role.name, "rms": rms, "top": top})

@@ -176,3 +176,14 @@ def test_a_name_with_a_dollar_sign_is_shown_as_it_is(picture, swept, checked):
 def books_called(name):
     rows = [(name, 32, seed, step, 0.01, role, 0.1, 0.2) for seed in (0, 1) for step in (1, 2) for role in ("router", "$y{$")]
     return pd.DataFrame(rows, columns=["parametrization", "width", "seed", "step", "lr", "role", "allocation", "fall"])
+
+
+def test_laws_begin_at_the_mean_of_the_curves_or_at_one_of_them():
+    cells = [("a", 32, -6.0), ("a", 64, -6.5), ("b", 32, -5.0), ("b", 64, -5.0)]
+    report = pd.DataFrame(cells, columns=["parametrization", "width", "octave"]).assign(octave_error=0.1)
+    for laws_from, begin in ((None, -5.5), ("b", -5.0)):
+        figure = optima_curves(report, "width", {"law": -0.5}, laws_from=laws_from)
+        (law,) = [line for line in figure.axes[0].lines if str(line.get_label()).startswith("law")]
+        assert list(law.get_ydata()) == pytest.approx([begin, begin - 0.5])
+    with pytest.raises(ValueError, match="laws_from='c': has no optimum at width 32"):
+        optima_curves(report, "width", {"law": -0.5}, laws_from="c")

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from minimoe import PARAMETRIZATIONS, Parametrization, Rule, linearisation, linearisation_curves
-from minimoe.depth_figures import slope_over_depth
+from minimoe import PARAMETRIZATIONS, Parametrization, Rule, linearisation, linearisation_curves, power
 from minimoe.linearisations import distance
 
 
@@ -38,7 +37,7 @@ def test_the_rest_of_a_bilinear_block_is_the_product_of_its_steps():
 def test_its_powers_of_the_depth_have_the_published_order():
     """0 under CompleteP and -1/2 under depth-mup, as theory says; without a rule it grows."""
     frame = linearisation(depths=(2, 8, 32), seeds=(0, 1), width=16)
-    slopes = {name: slope_over_depth(own)[0] for name, own in frame.groupby("parametrization")}
+    slopes = {name: power(own, "depth", "distance")[0] for name, own in frame.groupby("parametrization")}
     assert slopes["completep"] == pytest.approx(0, abs=0.1)
     assert slopes["depth-mup"] == pytest.approx(-0.5, abs=0.1)
     assert slopes["mup"] > 0.1

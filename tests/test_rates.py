@@ -15,6 +15,7 @@ from minimoe import (
     Rule,
     TrainOptions,
     adopt,
+    adopted_sweep,
     explain,
     fan_in,
     growing,
@@ -23,12 +24,13 @@ from minimoe import (
     sweep,
     train,
 )
-from minimoe.arms import VARIED, embedding_times, one_varied, rate_arms
+from minimoe.arms import HORIZON_ARMS, VARIED, embedding_times, one_varied, rate_arms
 from minimoe.batched import BatchedRuns
 from minimoe.explanations import side_by_side
 from minimoe.identity import run_key
 from minimoe.model import MiniMoE
 from minimoe.step import SingleRun, lr_factor, lr_factors
+from minimoe.training import Kind
 
 MOE = RELATIVE_RATES["moe"]
 FIELDS = {"width": 32, "context": 16, "n_experts": 4}
@@ -94,7 +96,7 @@ def test_an_end_counts_in_a_runs_identity_only_where_it_is_another():
 
 def test_many_runs_at_once_take_the_same_steps(corpus):
     table = relative_rates("mup", MOE, "rates")
-    config = replace(Config(table, **FIELDS))
+    config = Config(table, **FIELDS)
     alone, together = (train(config, 0.01, [0, 1], corpus, STEPS, OPTIONS, "cpu", at_once=n) for n in (1, 2))
     for one, other in zip(alone, together, strict=True):
         assert other.val_loss == pytest.approx(one.val_loss, abs=1e-4)
@@ -109,6 +111,16 @@ def test_runs_with_other_ends_are_other_programs(corpus):
         BatchedRuns(models, [0.01, 0.01], OPTIONS, STEPS)
     runs = train([model.config for model in models], 0.01, 0, corpus, 4, OPTIONS, at_once=2)
     assert [run.config.parametrization.name for run in runs] == ["own", "base"]
+
+
+def test_a_finer_role_with_an_end_of_its_own_is_another_program(corpus):
+    whole = MUP.replace("attention", "whole", final_lr=0.5)
+    finer = whole.replace("attention_out", "finer", final_lr=1)
+    runs = train([Config(table, **FIELDS) for table in (whole, finer)], 0.01, 0, corpus, 4, OPTIONS, "cpu", at_once=2)
+    assert runs[0].val_loss != runs[1].val_loss
+    written = whole.replace("attention_out", "written", final_lr=0.5)  # the family's end, written twice
+    kinds = [Kind(Config(table, **FIELDS), OPTIONS, 4).key for table in (whole, written, finer)]
+    assert kinds[0] == kinds[1] != kinds[2]
 
 
 def test_a_store_keeps_the_ends(corpus, tmp_path):
@@ -132,6 +144,14 @@ def test_rates_reach_finer_roles_and_only_roles_that_are_there():
         relative_rates("mup", {"experts": (0.3, 1)}, "unknown")
     with pytest.raises(ValueError, match="end='mine': must be one of own, base"):
         relative_rates("mup", MOE, "rates", "mine")
+    assert relative_rates("mup", {"embedding": (5, 1)}, "gains")["gain"].lr.coefficient == 5  # a gain goes with the embedding
+    with pytest.raises(ValueError, match="rates='residual': has no weight, and so no LR"):
+        relative_rates("completep", {"residual": (3, 1)}, "scale")
+    with pytest.raises(ValueError, match=r"rates\['router'\]=\(-1, 1\): must not be negative"):
+        relative_rates("mup", {"router": (-1, 1)}, "negative")
+    for rates, message in (({"router": 5}, r"rates\['router'\]=5: must be a pair"), ("moe", "rates='moe': must be role ->")):
+        with pytest.raises(TypeError, match=message):
+            relative_rates("mup", rates, "no pairs")
     with pytest.raises(ValueError, match="needs a peak above 0"):
         relative_rates("mup", {"router": (0, 1)}, "frozen", "base")
 
@@ -148,12 +168,15 @@ def test_explain_shows_ends_where_there_are_some():
     assert "final_lr" in side_by_side(config, ["mup", config.parametrization]).differs.loc["unembedding"]
 
 
-def test_the_groups_of_an_adopted_model_carry_the_end():
+def a_mixtral(tied=False):
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     few = {"num_hidden_layers": 1, "vocab_size": 96, "num_local_experts": 4}
     ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    plan = adopt(growing(MixtralConfig(**sizes, **few, **ids, tie_word_embeddings=False), *sizes), width=128, base_width=64)
-    table = relative_rates("mup", MOE, "rates")
+    return adopt(growing(MixtralConfig(**sizes, **few, **ids, tie_word_embeddings=tied), *sizes), width=128, base_width=64)
+
+
+def test_the_groups_of_an_adopted_model_carry_the_end():
+    plan, table = a_mixtral(), relative_rates("mup", MOE, "rates")
     plan.initialise(table)
     ends = {group["role"]: group.get("final_lr", 1) for group in plan.param_groups(table, 0.01)}
     assert ends["router"] == 1
@@ -163,6 +186,33 @@ def test_the_groups_of_an_adopted_model_carry_the_end():
     assert {written["model.embed_tokens.weight"], written["lm_head.weight"]} == {0.666, 0.444}
     assert plan.explain(table).set_index("role").final_lr["unembedding"] == 0.444
     assert "final_lr" not in plan.explain("mup")
+
+
+def test_an_adopted_model_trains_with_its_ends(corpus):
+    plan = a_mixtral()
+    slow = MUP.replace("experts_up", "slow", final_lr=0.01).replace("attention", "slow", final_lr=0.01)
+    fields = {"corpus": corpus, "options": OPTIONS, "n_jobs": 1}
+    losses = adopted_sweep(plan, (128,), ("mup", slow), (2.0**-5,), (0,), 20, **fields).val_loss
+    assert losses[0] != losses[1]
+
+
+def test_a_tied_weight_with_two_ends_is_refused():
+    plan = a_mixtral(tied=True)
+    with pytest.raises(ValueError, match=r"final_lr 0\.666 as an embedding, 0\.444 as a readout"):
+        plan.initialise(relative_rates("mup", MOE | {"embedding": (1, 0.666), "unembedding": (1, 0.444)}, "rates"))
+
+
+def test_the_published_dense_rates_end_where_the_paper_says():
+    ends = at_the_end(relative_rates("mup", RELATIVE_RATES["dense"], "dense"))
+    usual = {"attention": 0.2, "unembedding": 0.4444, "embedding": 5 * 0.6666}  # of the base's end
+    assert {role: ends[role] / 0.1 for role in usual} == pytest.approx(usual)
+
+
+def test_the_betas_alone_are_one_cell_of_the_square_root_rule():
+    none, ruled, betas = HORIZON_ARMS
+    for role in none.roles:
+        assert betas[role] == replace(none[role], one_minus_beta=ruled[role].one_minus_beta)
+    assert ruled["embedding"].one_minus_beta({"batch": 1.0, "duration": 8.0}) == 1 / 8
 
 
 def test_one_rate_at_a_time_is_changed_about_one_table():

@@ -43,6 +43,7 @@ def test_far_outside_the_fitted_range_the_law_turns_round_and_says_so():
     rows = joint_law(1e6, 1e7)
     assert rows.gain.iloc[3] < 0
     assert not rows.fitted.any()
+    assert list(joint_law(1e9, 1e10, experts=(1, 32, 64)).fitted) == [True, True, False]
 
 
 @pytest.mark.parametrize(
@@ -57,3 +58,9 @@ def test_far_outside_the_fitted_range_the_law_turns_round_and_says_so():
 def test_bad_sizes_are_named(sizes, message):
     with pytest.raises(ValueError, match=message):
         joint_law(**sizes)
+
+
+@pytest.mark.parametrize("experts", [8, ("8",), (True,)])
+def test_experts_are_several_numbers(experts):
+    with pytest.raises(TypeError, match="experts="):
+        joint_law(1e9, 1e10, experts=experts)

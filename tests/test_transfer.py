@@ -220,6 +220,14 @@ def test_the_rows_at_the_best_lr_are_one_per_seed():
     assert found.val_loss.tolist() == pytest.approx([2 + 0.1 * 0.4**2, 2, 2 + 0.1 * 0.4**2, 2, 2, 2])
     dead = rows.assign(val_loss=rows.val_loss.where(rows.width == 32, math.inf))
     assert set(at_best_lr(dead).width) == {32}
+    assert len(at_best_lr(pd.concat([rows, rows]))) == 6  # the same run twice is one
+
+
+def test_beside_a_reference_that_diverged_there_is_no_gain():
+    alive, dead = seeded({32: (-6, -6)}), seeded({32: (-6, -6)}).assign(parametrization="dead", val_loss=math.inf)
+    found = beside(pd.concat([alive, dead]).assign(steps=200), "dead").set_index("parametrization")
+    assert math.isnan(found.gain["mup"])
+    assert found.best_loss["mup"] == pytest.approx(2)
 
 
 def test_each_seed_has_its_own_optimum_and_the_drift_its_error():

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from minimoe import Config, MiniMoE, TrainOptions, train, weight_sizes
-from minimoe.arms import DECAY_ARMS
+from minimoe import PARAMETRIZATIONS, Config, MiniMoE, TrainOptions, fan_in, train, weight_sizes
+from minimoe.arms import DECAY_ARMS, decayed
 
 
 def test_each_weight_matrix_has_its_rms_and_its_largest_singular_value():
@@ -31,6 +31,12 @@ def test_each_rule_of_decay_is_one_cell_of_the_hidden_weights():
     for own, hidden in zip(decays, (4, 2, 1), strict=True):
         assert {own[role] for role in ("attention", "experts_up", "experts_down")} == {hidden}
         assert {own[role] for role in ("embedding", "unembedding", "router")} == {1}
+
+
+def test_a_rule_of_decay_keeps_what_there_is_and_has_its_own_name():
+    halved = PARAMETRIZATIONS["mup"].replace("attention", "halved", weight_decay=0.5)
+    assert decayed(halved, 1, "grown")["attention"].weight_decay == 0.5 * fan_in
+    assert decayed(PARAMETRIZATIONS["sp"], 1, "same").name == "same"
 
 
 def test_large_decay_takes_the_weights_to_a_size_of_their_own(corpus):

@@ -30,7 +30,7 @@ from minimoe import (
     summary,
     transfer_report,
 )
-from minimoe.arms import EMBEDDING_ARMS, one_varied
+from minimoe.arms import EMBEDDING_ARMS, HORIZON_ARMS, one_varied
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "findings.md"
@@ -168,7 +168,7 @@ def of_depth_and_experts() -> dict[str, tuple[pd.DataFrame, str]]:
     others = {
         "share, four times the batch": (shares(stores("share_batch")), "share"),
         "is it the embedding": (with_and_without_embedding(), "width"),
-        "duration": (stores("horizon_duration").query("parametrization != 'mup, its betas alone'"), "steps"),
+        "duration": (stores("horizon_duration").query(f"parametrization != {HORIZON_ARMS[2].name!r}"), "steps"),
         "batch": (stores("horizon_batch"), "batch_size"),
         "one active": (stores("one_active"), "n_experts"),
     }
@@ -202,10 +202,8 @@ def of_roles() -> dict[str, str]:
 def of_decay() -> dict[str, str]:
     """name -> table, for the weight decay."""
     rows, sizes = stores("decay"), pd.read_csv(SWEEPS.parent / "decay_sizes.csv")
-    one_decay = rows[rows.groupby("weight_decay").lr.transform("nunique") > 1]
-    one_lr = rows[rows.groupby("lr").weight_decay.transform("nunique") > 1].assign(rule=lambda rows: rows.parametrization)
-    made = {"decay": drift_table(one_decay, "width"), "decay sizes": sizes_table(sizes)}
-    one_lr = one_lr.sort_values("width", kind="stable")
+    made = {"decay": drift_table(rows[rows.weight_decay == 0.3], "width"), "decay sizes": sizes_table(sizes)}
+    one_lr = rows[rows.lr == 2.0**-5].assign(rule=rows.parametrization).sort_values("width", kind="stable")
     return made | {"decay itself": losses_table(one_lr, ["rule", "width"], "weight_decay", "decay {:g}".format)}
 
 
