@@ -357,15 +357,18 @@ def embedding_factors() -> None:
         sweep((width,), tables, lrs, SEEDS, 400, options=OPTIONS, store=store)
 
 
-U_FACTORS = {32: (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8), 128: (1 / 4, 1, 4)}
+U_CELLS = [  # table, width, factors, LR near the best of `embedding_factors`; at the base width sp is mup
+    ("mup", 32, (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8), 2.0**-5),
+    ("mup", 128, (1 / 4, 1, 4), 2.0**-5),
+    ("sp", 128, (1 / 4, 1, 4), 2.0**-6.5),
+]
 
 
 def one_rate() -> None:
-    """One LR changed at a time, from 1/8 to 8, about the best arm of `rates` at its best LR, at the base width and at four times
-    that."""
-    for width, factors in U_FACTORS.items():
-        tables = [table for *_, table in one_varied("mup", factors)]
-        sweep((width,), tables, (2.0**-5,), SEEDS, 400, options=OPTIONS, store=SWEEPS / "one_rate.jsonl")
+    """One LR changed at a time, from 1/8 to 8, about the best arm of `rates`, at the base width and at four times that."""
+    for name, width, factors, lr in U_CELLS:
+        tables = [table for *_, table in one_varied(name, factors)]
+        sweep((width,), tables, (lr,), SEEDS, 400, options=OPTIONS, store=SWEEPS / "one_rate.jsonl")
 
 
 def embedding_rule() -> None:

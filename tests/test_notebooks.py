@@ -118,7 +118,7 @@ ROUTE_SCALE = '"routed": Rule(multiplier=top_k * granularity),'
 MSSP_CELL = '_mup_ii.replace("experts_down", "mssp II", init_var=_experts / fan_in),'
 LAST_FACTOR = 'final_lr=rule.final_lr * (last if end == "own" else last / peak)'
 FAST_EMBEDDING = '_SP.replace("embedding", "sp, embedding LR x n", lr=width),'
-GROWING_DECAY = "weight_decay=fan_in**power)"
+GROWING_DECAY = "weight_decay=rule.weight_decay * fan_in**power)"
 TABLES, ARMS = "tables.py", "arms.py"
 SABOTAGE = {
     "le": (TABLES, SP_ROUTER, SP_ROUTER.replace("lr=1", "lr=1 / fan_in")),  # the lecture

@@ -184,6 +184,9 @@ def test_the_groups_of_an_adopted_model_carry_the_end():
     assert ends["unembedding"] == 0.444
     written = {row["name"]: row.get("final_lr", 1) for row in json.loads(plan.to_json(table))}
     assert {written["model.embed_tokens.weight"], written["lm_head.weight"]} == {0.666, 0.444}
+    halved = {row["role"]: row for row in json.loads(plan.to_json(MUP.replace("router", "halved", one_minus_beta=0.5)))}
+    assert halved["router"]["one_minus_beta"] == 0.5
+    assert "one_minus_beta" not in halved["unembedding"]
     assert plan.explain(table).set_index("role").final_lr["unembedding"] == 0.444
     assert "final_lr" not in plan.explain("mup")
 

@@ -191,12 +191,14 @@ def of_roles() -> dict[str, str]:
     best = at_best_lr(factors).assign(lr=lambda rows: rows.parametrization.map(factor_of), parametrization=of_table)
     best = pd.concat([best, best[best.width == 32].assign(parametrization="sp")])  # at the base width both are one table
     made["best factor"] = drift_table(best, "width", "factor")
-    varied = one_varied("mup", [2.0**octave for octave in range(-3, 4)])
-    varied = pd.DataFrame(
-        [(role, factor, arm.name) for role, factor, arm in varied], columns=["role", "factor", "parametrization"]
-    )
-    single = varied.merge(stores("one_rate"), on="parametrization").sort_values("width", kind="stable")
-    return made | {"one rate": losses_table(single, ["role", "width"], "factor", lambda factor: f"x {Fraction(factor)}")}
+    octaves = [2.0**octave for octave in range(-3, 4)]
+    cells = [
+        {"table": name, "role": role, "factor": factor, "parametrization": table.name}
+        for name in ("mup", "sp")
+        for role, factor, table in one_varied(name, octaves)
+    ]
+    single = pd.DataFrame(cells).merge(stores("one_rate"), on="parametrization").sort_values(["width", "table"], kind="stable")
+    return made | {"one rate": losses_table(single, ["table", "role", "width"], "factor", lambda factor: f"x {Fraction(factor)}")}
 
 
 def of_decay() -> dict[str, str]:
