@@ -236,6 +236,13 @@ def one_varied(name: str, factors: tuple[float, ...]) -> list[tuple[str, float, 
     return found
 
 
+def with_factors(frame: pd.DataFrame, name: str, factors: tuple[float, ...]) -> pd.DataFrame:
+    """The rows of a sweep that belong to `one_varied`, with the role and the factor that each has changed; the rows of the table
+    that nothing has changed stand there once for every role."""
+    cells = [{"role": role, "factor": factor, "parametrization": table.name} for role, factor, table in one_varied(name, factors)]
+    return pd.DataFrame(cells).merge(frame, on="parametrization")
+
+
 _SP, _MUP = PARAMETRIZATIONS["sp"], PARAMETRIZATIONS["mup"]
 EMBEDDING_ARMS: list[Parametrization] = [  # arXiv 2605.21486: is muP's gain the embedding's LR alone?
     _SP.replace("embedding", "sp, embedding LR x n", lr=width),

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from .checks import require
-from .figures import MARKERS, QUIET, plain
-from .optima_figures import LOOKS
+from .figures import QUIET, plain
+from .optima_figures import look
 from .verdicts import BROKEN, JUDGED
 
 TERMS = {  # of a sum over experts, after a few steps -> what the legend says
@@ -53,8 +53,7 @@ def _draw_terms(axes: Axes, own: pd.DataFrame) -> None:
         means = own[own.quantity == quantity].groupby("size")["mean"].mean()
         octaves = np.log2(means / means.iloc[0])
         slope = np.polyfit(np.log2(means.index), octaves, 1)[0]
-        look = {"color": LOOKS[place], "marker": MARKERS[place], "linewidth": 1.6}
-        axes.plot(np.log2(means.index), octaves, label=f"{said}   {slope:+.2f}", **look)
+        axes.plot(np.log2(means.index), octaves, label=f"{said}   {slope:+.2f}", linewidth=1.6, **look(place))
     axes.axhline(0, color=QUIET, linewidth=0.8)
     axes.set_xticks(np.log2(means.index), [f"{size:g}" for size in means.index])
     axes.grid(alpha=0.25)
@@ -114,7 +113,7 @@ def overlay_curves(frame: pd.DataFrame, panels: dict[str, list[str]], reference:
         for place, name in enumerate(names):
             own = gaps[name].unstack("seed").rolling(SMOOTH, min_periods=1).mean()
             mean, error = own.mean(axis=1), own.sem(axis=1)
-            colour = LOOKS[place % len(LOOKS)]
+            colour = look(place)["color"]
             axes.plot(own.index + 1, mean, color=colour, label=plain(name), linewidth=1.6)
             axes.fill_between(own.index + 1, mean - error, mean + error, color=colour, alpha=0.15, linewidth=0)
         axes.axhline(0, color=QUIET, linewidth=0.8)

@@ -55,9 +55,9 @@ def joint_law(
     active parameters are embedding and unembedding; the LR rule leaves them out. One expert is active for each token, as
     large as the dense model's feed-forward network.
 
-    Columns: experts, loss (nats per token), gain (nats by which the loss lies below that of one
-    expert), lr (the best peak LR of Adam under SP), fitted
-    (whether all three sizes lie where the law was fitted). Raises ValueError or TypeError for what is no positive size.
+    Columns: experts, loss (nats per token), gain (nats by which the loss lies below that of one expert), lr (the best peak LR of
+    Adam under SP), fitted (whether all three sizes lie where the law was fitted). Raises ValueError or TypeError for what is no
+    positive size.
     """
     active, tokens, embedding = positive("active", active), positive("tokens", tokens), not_negative("embedding", embedding)
     require(embedding < active, "embedding", embedding, f"must be less than active={active:g}")

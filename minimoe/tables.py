@@ -291,7 +291,8 @@ def relative_rates(
     for role, pair in rates.items():
         table.row(role)
         require(role not in SCALES, "rates", role, "has no weight, and so no LR")
-        label, (peak, last) = f"rates[{role!r}]", typed(f"rates[{role!r}]", PAIR, pair)
+        label = f"rates[{role!r}]"
+        peak, last = typed(label, PAIR, pair)
         require(min(peak, last) >= 0, label, pair, "must not be negative")
         require(peak > 0 or end == "own", label, pair, "the base's end needs a peak above 0")
 

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 from transformers import MixtralConfig
@@ -24,7 +25,7 @@ from minimoe import (
     sweep,
     train,
 )
-from minimoe.arms import HORIZON_ARMS, VARIED, embedding_times, one_varied, rate_arms
+from minimoe.arms import HORIZON_ARMS, VARIED, embedding_times, one_varied, rate_arms, with_factors
 from minimoe.batched import BatchedRuns
 from minimoe.explanations import side_by_side
 from minimoe.identity import run_key
@@ -227,3 +228,13 @@ def test_one_rate_at_a_time_is_changed_about_one_table():
         assert changed == (set(VARIED[role]) if factor != 1 else set())
         assert table[VARIED[role][0]].lr == start[VARIED[role][0]].lr * factor
     assert len({table.name for *_, table in varied}) == 11  # the five with a factor of 1 are one
+    rows = pd.DataFrame({"parametrization": [start.name, f"{start.name}, router x 2", "mup"], "val_loss": [1.0, 2.0, 3.0]})
+    found = with_factors(rows, "mup", (0.5, 1, 2))
+    assert [*zip(found.role, found.factor, found.val_loss, strict=True)] == [
+        ("embedding", 1, 1.0),
+        ("unembedding", 1, 1.0),
+        ("router", 1, 1.0),
+        ("router", 2, 2.0),
+        ("experts", 1, 1.0),
+        ("attention", 1, 1.0),
+    ]

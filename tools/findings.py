@@ -30,7 +30,7 @@ from minimoe import (
     summary,
     transfer_report,
 )
-from minimoe.arms import EMBEDDING_ARMS, HORIZON_ARMS, one_varied
+from minimoe.arms import EMBEDDING_ARMS, HORIZON_ARMS, with_factors
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "findings.md"
@@ -192,12 +192,9 @@ def of_roles() -> dict[str, str]:
     best = pd.concat([best, best[best.width == 32].assign(parametrization="sp")])  # at the base width both are one table
     made["best factor"] = drift_table(best, "width", "factor")
     octaves = [2.0**octave for octave in range(-3, 4)]
-    cells = [
-        {"table": name, "role": role, "factor": factor, "parametrization": table.name}
-        for name in ("mup", "sp")
-        for role, factor, table in one_varied(name, octaves)
-    ]
-    single = pd.DataFrame(cells).merge(stores("one_rate"), on="parametrization").sort_values(["width", "table"], kind="stable")
+    one_rate = stores("one_rate")
+    single = pd.concat([with_factors(one_rate, name, octaves).assign(table=name) for name in ("mup", "sp")])
+    single = single.sort_values(["width", "table"], kind="stable")
     return made | {"one rate": losses_table(single, ["table", "role", "width"], "factor", lambda factor: f"x {Fraction(factor)}")}
 
 
